@@ -1,0 +1,62 @@
+"""hf_warmstart: grow a trained transformers model, carry its training state, keep training.
+
+Public names are imported when first used, so that `import hf_warmstart` and the command line start fast.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .errors import WarmstartError
+    from .growth.certify import Certificate, certify
+    from .growth.config import GrowthConfig
+    from .growth.grow import grow, plan_growth
+    from .growth.plan import GrowthPlan, GrowthRecord
+    from .growth.state import grow_optimizer_state
+    from .hub import push_to_hub
+    from .training import WarmstartTrainer, WarmstartTrainingArguments
+
+_HOMES = {
+    "Certificate": ".growth.certify",
+    "GrowthConfig": ".growth.config",
+    "GrowthPlan": ".growth.plan",
+    "GrowthRecord": ".growth.plan",
+    "WarmstartError": ".errors",
+    "WarmstartTrainer": ".training",
+    "WarmstartTrainingArguments": ".training",
+    "certify": ".growth.certify",
+    "grow": ".growth.grow",
+    "grow_optimizer_state": ".growth.state",
+    "plan_growth": ".growth.grow",
+    "push_to_hub": ".hub",
+}
+
+__all__ = [
+    "Certificate",
+    "GrowthConfig",
+    "GrowthPlan",
+    "GrowthRecord",
+    "WarmstartError",
+    "WarmstartTrainer",
+    "WarmstartTrainingArguments",
+    "__version__",
+    "certify",
+    "grow",
+    "grow_optimizer_state",
+    "plan_growth",
+    "push_to_hub",
+]
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        value = getattr(import_module(_HOMES[name], __name__), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

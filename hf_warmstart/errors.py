@@ -1,0 +1,21 @@
+"""The library's errors: every user mistake raises a `WarmstartError` before anything is written."""
+
+
+class WarmstartError(ValueError):
+    """A request that cannot be met; the message says what was given, why not, and what to pass instead."""
+
+
+class LayoutError(WarmstartError):
+    """A model whose tensors could not all be placed in spaces."""
+
+
+class SizeError(WarmstartError):
+    """Target sizes that a model or an operator does not admit."""
+
+
+class StateError(WarmstartError):
+    """A training state that does not belong to the model, or is incomplete."""
+
+
+class ExactnessError(WarmstartError):
+    """A growth that was planned as exact and measured otherwise."""

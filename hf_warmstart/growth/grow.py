@@ -1,0 +1,154 @@
+"""`grow` and `plan_growth`: a model in, a larger model out."""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..errors import ExactnessError
+from .config import GrowthConfig
+from .plan import RECORD_KEY, GrowthPlan, make_plan
+from .source import check_model, class_and_config, digest, parent_name
+from .twin import default_dtype
+
+TAG = "hf_warmstart"
+# Largest |difference| over largest |logit| that rounding explains, by the model's dtype.
+SPOT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 2e-2}
+
+
+def plan_growth(
+    source: PreTrainedModel | PreTrainedConfig | str | os.PathLike,
+    growth_config: GrowthConfig | PreTrainedConfig | None = None,
+    **options,
+) -> GrowthPlan:
+    """Plan a growth without touching a weight.
+
+    Args:
+        source: a model, a config, a folder or a Hub id.
+        growth_config: what to grow; or its fields as keywords; or the target's config.
+        **options: fields of `GrowthConfig`, or sizes by their transformers names (`hidden_size=768`).
+
+    Returns:
+        The `GrowthPlan`; `print` shows it as a table.
+
+    Raises:
+        WarmstartError: what was asked cannot be done; the message says what can.
+
+    Example:
+
+        >>> from transformers import LlamaConfig
+        >>> plan = plan_growth(LlamaConfig(hidden_size=64, intermediate_size=96, num_attention_heads=4, vocab_size=99,
+        ...                                num_hidden_layers=2), width=1.5)
+        >>> plan.target_config.hidden_size, plan.target_config.num_attention_heads
+        (96, 6)
+    """
+    asked = GrowthConfig.of(growth_config, options)
+    return make_plan(*class_and_config(source), asked)
+
+
+@torch.no_grad()
+def grow(
+    model: PreTrainedModel, growth_config: GrowthConfig | PreTrainedConfig | None = None, **options
+) -> PreTrainedModel:
+    """Grow a model.
+
+    Every tensor goes through the maps of its axes, `w' = W_out w R_in^T + Z (I - W_in R_in^T)`, with `R^T W = I` for
+    each space, so that exact operators keep the function.
+
+    Args:
+        model: a `PreTrainedModel`; it is not changed.
+        growth_config: what to grow; or its fields as keywords; or the target's config.
+        **options: fields of `GrowthConfig`, or sizes by their transformers names (`hidden_size=768`).
+
+    Returns:
+        A new model of the same class, dtype, device and mode, ready for `save_pretrained` and `push_to_hub`. Its config
+        carries the record of the growth under `warmstart`.
+
+    Raises:
+        WarmstartError: what was asked cannot be done; nothing was made.
+        ExactnessError: an exact operator changed the logits of this model by more than its dtype's rounding.
+
+    Example:
+
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> parent = LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=96, num_attention_heads=4,
+        ...                                       vocab_size=99, num_hidden_layers=2))
+        >>> grow(parent, width=2, depth=2).config.num_hidden_layers
+        4
+
+    Source: the general form follows arXiv 2310.07999 and 2409.12903; each operator's file names its own.
+    """
+    check_model(model)
+    plan = plan_growth(model, growth_config, **options)
+    child = apply_plan(model, plan)
+    if plan.exact:
+        _spot_check(model, child)
+    return child
+
+
+@torch.no_grad()
+def apply_plan(model: PreTrainedModel, plan: GrowthPlan) -> PreTrainedModel:
+    """The child of a model under a plan; no check of the result."""
+    source = model.state_dict()
+    config = copy.deepcopy(plan.target_config)
+    record = plan.record(parent_name(model.config), getattr(model.config, "_commit_hash", None), digest(model))
+    setattr(config, RECORD_KEY, [*(getattr(model.config, RECORD_KEY, None) or []), record.to_dict()])
+    config._name_or_path = model.config._name_or_path
+    config.architectures = [type(model).__name__]
+    child = _empty_like(model, config)
+    targets = child.state_dict(keep_vars=True)
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    for name in plan.names:
+        source_name = plan.source_name(name)
+        grown = plan.tensor(name).grow(source[source_name], "weight")
+        target = targets[name]
+        target.data = grown.to(target.device)
+        target.requires_grad_(trainable.get(source_name, False))
+    child.tie_weights()
+    child.train(model.training)
+    child.add_model_tags(_tags(plan))
+    if model.can_generate():
+        child.generation_config = copy.deepcopy(model.generation_config)
+    return child
+
+
+def _tags(plan: GrowthPlan) -> list[str]:
+    tags = [TAG]
+    if plan.widens:
+        tags.append(plan.growth_config.width_operator)
+    if not plan.layer_map.is_identity:
+        tags.append(plan.growth_config.depth_operator)
+    return tags
+
+
+def _empty_like(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of the same class and device under another config, its weights yet to be filled.
+
+    It is built for real, on the CPU, because buffers that are not saved (rotary frequencies) are made on the way.
+    """
+    from transformers.initialization import no_init_weights
+
+    with torch.random.fork_rng(devices=[]), default_dtype(model.dtype), no_init_weights():
+        child = type(model)(config)
+    return child.to(model.device)
+
+
+def _spot_check(model: PreTrainedModel, child: PreTrainedModel) -> None:
+    """Compare logits of parent and child on a few tokens, in the model's own dtype."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocabulary, (2, 12), generator=torch.Generator().manual_seed(0)).to(model.device)
+    training = model.training
+    try:
+        before, after = (m.eval()(input_ids=ids).logits.double() for m in (model, child))
+    finally:
+        model.train(training), child.train(training)
+    error = float((after - before).abs().max() / before.abs().max().clamp(min=1e-30))
+    tolerance = SPOT_TOLERANCE.get(model.dtype, 1e-1)
+    if not error <= tolerance:
+        raise ExactnessError(
+            f"The grown {type(model).__name__} differs from its parent by {error:.1e} of the largest logit, more than "
+            f"{model.dtype} rounding explains ({tolerance:.0e}). Run certify(model, ...) and report its reason."
+        )

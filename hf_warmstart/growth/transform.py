@@ -1,0 +1,175 @@
+"""One tensor through its axes' maps: the only place where numbers are grown.
+
+For a weight, with `W` on the axes that write and `R` on those that read:
+
+    w' = W_out w R_in^T  +  Z (I - W_in R_in^T)  +  fresh
+
+`fresh` fills coordinates without a source where they must not be silent: all rows that an inner space gained, and the
+columns that read what a residual stream gained. Gradients, and with them first moments, follow the dual maps
+(`G' = R_out G W_in^T`), second moments the squares of their factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import StateError
+from . import random
+from .layout import Role, TensorLayout
+from .maps import SpaceMap, _column
+
+Kind = Literal["weight", "first_moment", "second_moment"]
+Side = Literal["write", "read"]
+
+
+@dataclass(frozen=True)
+class TensorGrowth:
+    """Everything that decides one grown tensor.
+
+    Args:
+        layout: its axes. maps: the map of each axis.
+        name: its name in the grown model, which seeds its randomness.
+        seed: the growth's seed.
+        noise: relative size of `Z`. shrink: None, or the factor on the carried part over a complete fresh tensor.
+        fresh: makes the class's own initialisation of the grown tensor, when it is needed.
+        gate: whether the tensor is zeroed as the end of a new layer's branch.
+        new_layer: whether the tensor lies in a layer that adds nothing at first.
+    """
+
+    layout: TensorLayout
+    maps: tuple[SpaceMap, ...]
+    name: str
+    seed: int
+    noise: float
+    shrink: float | None
+    fresh: Callable[[], Tensor]
+    gate: bool = False
+    new_layer: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(axis_map.m for axis_map in self.maps)
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the tensor comes through unchanged."""
+        return all(m.is_identity for m in self.maps) and self.shrink is None and not self.gate
+
+    def weight(self, tensor: Tensor) -> Tensor:
+        """The grown weight, in the tensor's dtype and on its device; the input is untouched."""
+        if self.gate:
+            return torch.full(self.shape, -self.layout.offset, dtype=tensor.dtype, device=tensor.device)
+        if self.is_copy:
+            return tensor.clone()
+        work = tensor.to(_work_dtype(tensor))
+        offset = 0.0 if self.shrink is not None else self.layout.offset
+        carried = self._push(work + offset if offset else work, dual=False)
+        if self.shrink is not None:
+            return (carried * self.shrink + self.fresh().to(carried)).to(tensor.dtype)
+        if offset:
+            carried = carried - offset
+        if self.noise:
+            carried = carried + self._paired_noise(carried)
+        free = self._free()
+        if free is not None:
+            carried = torch.where(free.to(tensor.device), self.fresh().to(carried), carried)
+        return carried.to(tensor.dtype)
+
+    def first_moment(self, tensor: Tensor) -> Tensor:
+        """`exp_avg` grown by the dual maps; zero in layers that add nothing at first."""
+        work = tensor.to(_work_dtype(tensor))
+        grown = self._push(work, dual=True)
+        return (torch.zeros_like(grown) if self.new_layer else grown).to(tensor.dtype)
+
+    def second_moment(self, tensor: Tensor) -> Tensor:
+        """`exp_avg_sq` grown by the squares of the dual factors.
+
+        Entries without a source take the mean of the carried ones: zero beside an old step count would give them a
+        hidden learning rate several times too large (arXiv 2604.04281, facts 2.4).
+        """
+        work = tensor.to(_work_dtype(tensor))
+        grown = work
+        for axis, (axis_map, role) in enumerate(zip(self.maps, self.layout.roles, strict=True)):
+            dual = axis_map if role == "read" else axis_map.dual()
+            if role == "read":
+                dual = SpaceMap(dual.n, dual.source, dual.write, dual.read, torch.zeros_like(dual.mean))
+            grown = dual.square().push(grown, axis, "write")
+        unsourced = self._unsourced()
+        if unsourced is not None and not bool(unsourced.all()):
+            unsourced = unsourced.to(tensor.device)
+            grown = torch.where(unsourced, grown[~unsourced].mean(), grown)
+        return grown.to(tensor.dtype)
+
+    def grow(self, tensor: Tensor, kind: Kind) -> Tensor:
+        """The grown tensor of a kind. Raises `StateError` where the tensor does not have the layout's shape."""
+        if tuple(tensor.shape) != tuple(m.n for m in self.maps):
+            raise StateError(
+                f"{self.name}: the {kind} has shape {tuple(tensor.shape)}, the parent's layout says "
+                f"{tuple(m.n for m in self.maps)}. Pass the state of the model that was grown."
+            )
+        return getattr(self, kind)(tensor)
+
+    def pull_gradient(self, gradient: Tensor) -> Tensor:
+        """A gradient of the grown tensor in the parent's coordinates: `G = W_out^T G' R_in`."""
+        pulled = gradient
+        for axis, (axis_map, role) in enumerate(zip(self.maps, self.layout.roles, strict=True)):
+            pulled = axis_map.pull(pulled, axis, role)
+        return torch.zeros_like(pulled) if self.gate else pulled
+
+    # -- parts ----------------------------------------------------------------------------------------------------
+
+    def _push(self, tensor: Tensor, dual: bool) -> Tensor:
+        for axis, (axis_map, role) in enumerate(zip(self.maps, self.layout.roles, strict=True)):
+            side: Side = role if not dual else ("read" if role == "write" else "write")
+            tensor = axis_map.push(tensor, axis, side)
+        return tensor
+
+    def _paired_noise(self, carried: Tensor) -> Tensor:
+        """`Z (I - W R^T)` over the axis that reads copies; zero where nothing is copied."""
+        readers = [
+            k for k, role in enumerate(self.layout.roles) if role == "read" and bool((self.maps[k].copies > 1).any())
+        ]
+        if not readers:
+            return torch.zeros_like(carried)
+        axis = readers[-1]
+        axis_map = self.maps[axis]
+        noise = random.normal(self.shape, self.seed, "noise", self.name).to(carried)
+        noise = noise * (self.noise * carried.square().mean().sqrt())
+        # Coordinates without a source have a fresh initialisation of their own.
+        noise = noise * _column((~axis_map.unsourced).to(carried), axis, carried.ndim)
+        return noise - axis_map.push(axis_map.pull(noise, axis, "write"), axis, "read")
+
+    def _mask(self, choose: Callable[[SpaceMap, Role], Tensor]) -> Tensor | None:
+        """bool of the grown shape: entries that any axis chooses; None where no axis chooses any."""
+        mask = None
+        for axis, (axis_map, role) in enumerate(zip(self.maps, self.layout.roles, strict=True)):
+            chosen = choose(axis_map, role)
+            if bool(chosen.any()):
+                part = _column(chosen, axis, len(self.maps))
+                mask = part if mask is None else mask | part
+        return None if mask is None else mask.expand(self.shape)
+
+    def _unsourced(self) -> Tensor | None:
+        return self._mask(lambda axis_map, role: axis_map.unsourced)
+
+    def _free(self) -> Tensor | None:
+        """Entries that take a fresh initialisation."""
+        none = lambda axis_map: torch.zeros_like(axis_map.unsourced)  # noqa: E731
+        written = self._mask(lambda m, role: m.unsourced if role == "write" and m.silent == "read" else none(m))
+        read = self._mask(lambda m, role: m.unsourced if role == "read" and m.silent == "write" else none(m))
+        silent = self._mask(lambda m, role: m.unsourced if role == m.silent else none(m))
+        if read is not None and silent is not None:
+            read = read & ~silent
+        if written is None or read is None:
+            return read if written is None else written
+        return written | read
+
+
+def _work_dtype(tensor: Tensor) -> torch.dtype:
+    """float64 stays; everything else is grown in float32 and rounded once."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
