@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -16,6 +17,12 @@ from .maps import LayerMap
 
 # Attributes that count layers from the bottom; they follow the layer map as thresholds do.
 _LAYER_THRESHOLDS = ("max_window_layers", "first_k_dense_replace")
+
+
+def config_dtype(config: PreTrainedConfig) -> torch.dtype | None:
+    """A config's dtype; files and some trainers leave it as a string."""
+    dtype = config.dtype
+    return getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
 
 
 def standard_name(config: PreTrainedConfig, attribute: str) -> str:
@@ -71,7 +78,7 @@ def resize_config(
         raise SizeError(f"{type(config).__name__} refuses the sizes {dict(sizes)}: {words}") from error
     resized._attn_implementation_internal = config._attn_implementation_internal
     resized._experts_implementation_internal = getattr(config, "_experts_implementation_internal", None)
-    resized.dtype = config.dtype
+    resized.dtype = config_dtype(config)
     return resized
 
 

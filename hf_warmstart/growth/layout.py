@@ -17,7 +17,7 @@ from typing import Literal
 from transformers import PreTrainedConfig
 
 from ..errors import LayoutError
-from .axes import Axis, axis_from_data
+from .axes import Axis, Space, axis_from_data
 
 Role = Literal["write", "read"]
 Kind = Literal["rms_normed", "layer_normed", "linear", "elementwise", "heads", "fixed", "indexed", "routed"]
@@ -112,8 +112,8 @@ class Layout:
         sizes = {"kv_heads": kv_heads, "group": heads // kv_heads, "head_dim": head_dim}
         for name, shape in shapes.items():
             for axis, length in zip(self.tensor(name).axes, shape, strict=True):
-                if isinstance(axis.to_data(), str):
-                    sizes.setdefault(axis.to_data(), length)
+                if isinstance(axis, Space):
+                    sizes.setdefault(axis.name, length)
         self.check_shapes(shapes, sizes)
         return sizes
 

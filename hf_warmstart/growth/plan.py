@@ -20,7 +20,7 @@ from ..errors import SizeError, WarmstartError
 from ..version import __version__
 from .axes import SCALE
 from .config import GrowthConfig
-from .configs import resize_config
+from .configs import config_dtype, resize_config
 from .fresh import Recipe, recipes
 from .layout import WIDENED, Layout
 from .layouts import derive_layout
@@ -303,8 +303,7 @@ def _multiplier(model_class: type[PreTrainedModel], layout: Layout, config: PreT
 
 
 def _itemsize(config: PreTrainedConfig) -> int:
-    dtype = config.dtype or torch.float32
-    return torch.empty((), dtype=dtype).element_size()
+    return (config_dtype(config) or torch.float32).itemsize
 
 
 def record_json(record: GrowthRecord) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -13,11 +12,10 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from ..errors import WarmstartError
 from .configs import model_class_of
 
-if TYPE_CHECKING:
-    Source = PreTrainedModel | PreTrainedConfig | str | os.PathLike
 
-
-def class_and_config(source: Source) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+def class_and_config(
+    source: PreTrainedModel | PreTrainedConfig | str | os.PathLike,
+) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     """The model class and config behind a source; loads no weights."""
     if isinstance(source, PreTrainedConfig):
         return model_class_of(source), source

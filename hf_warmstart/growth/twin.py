@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .configs import per_layer_lists, resize_config
+from .configs import config_dtype, per_layer_lists, resize_config
 from .maps import LayerMap
 
 HEAD_DIM = 8
@@ -81,7 +81,7 @@ def build(model_class: type[PreTrainedModel], config: PreTrainedConfig, device: 
 
     The global random state is untouched.
     """
-    with torch.random.fork_rng(devices=[]), default_dtype(config.dtype), torch.device(device):
+    with torch.random.fork_rng(devices=[]), default_dtype(config_dtype(config)), torch.device(device):
         torch.manual_seed(0)
         return model_class(config).eval()
 

@@ -191,7 +191,7 @@ class _Derivation:
             return self._tensor(table, ("read", "write"))
         if is_norm(module) and leaf in ("weight", "bias"):
             reads, makes = self._norm_axes(module_name, name)
-            if makes is None:
+            if reads is None or makes is None:
                 return None
             if leaf == "bias":
                 return TensorLayout((makes,), ("write",))
@@ -211,7 +211,8 @@ class _Derivation:
 
     @staticmethod
     def _tensor(axes: tuple[Axis | None, ...], roles: tuple[Role, ...]) -> TensorLayout | None:
-        return None if any(axis is None for axis in axes) else TensorLayout(axes, roles)
+        placed = tuple(axis for axis in axes if axis is not None)
+        return TensorLayout(placed, roles) if len(placed) == len(axes) else None
 
     def _experts(self, module: nn.Module, name: str) -> TensorLayout | None:
         """Stacked experts: (experts, out, in), or (experts, in, out) where the class says that it transposes."""
@@ -324,8 +325,8 @@ class _Derivation:
             maker = self.flow.maker_of(name)
             if not is_norm(call.module) or maker is None or self._norm_on_residual(name):
                 continue
-            maker_weight = getattr(self.modules[maker], "weight", None)
-            if isinstance(self.modules[maker], nn.Linear) and maker_weight.shape[0] == call.module.weight.shape[0]:
+            matrix = self.modules[maker]
+            if isinstance(matrix, nn.Linear) and matrix.out_features == len(call.module.weight):
                 found.add(maker)
         return found
 
@@ -417,7 +418,7 @@ def embedding_multiplier(model: PreTrainedModel) -> float | None:
         pass
     finally:
         handle.remove()
-    rows = table.weight[ids[0]].double()
+    rows = table.weight.detach()[ids[0]].double()
     if not seen or rows.shape != seen[0][0].shape:
         return None
     ratios = seen[0][0].double() / rows

@@ -1,0 +1,22 @@
+"""Shared fixtures: one thread per process, no progress bars, no reporting."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+torch.set_num_threads(1)
+logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    """Each test starts from the same global random state."""
+    torch.manual_seed(0)
