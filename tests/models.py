@@ -38,6 +38,7 @@ _OWN: dict[str, dict] = {
     "mistral": {"head_dim": 16},
     "qwen3": {"head_dim": 16},
     "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16},
+    "olmo2": {"pad_token_id": None},
     "smollm3": {"pad_token_id": None, "num_hidden_layers": 4},
     "phi3": {"pad_token_id": None},
     "mixtral": {"num_local_experts": 4},

@@ -161,31 +161,55 @@ def _shrink(before: int, after: int, least: int, most: int, of: int = 1) -> tupl
     return small, grown + (after > before and grown == small)
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Parent and child of a plan, filled with random numbers, and how far they are apart."""
+
+    parent: PreTrainedModel
+    child: PreTrainedModel
+    ids: Tensor
+    logits: Tensor
+    max_relative_error: float
+    max_pullback_error: float
+    worst_pullback: str
+
+    @property
+    def same(self) -> bool:
+        """Whether logits and pulled-back gradients agree."""
+        return self.max_relative_error < LOGITS_TOLERANCE and self.max_pullback_error < PULLBACK_TOLERANCE
+
+
+def compare(plan: GrowthPlan) -> Comparison:
+    """Build a plan's parent with random weights, grow it, and compare logits and gradients on held-out tokens.
+
+    Meant for twins; call it inside `true_float64()`.
+    """
+    parent = build(plan.model_class, plan.source_config)
+    randomise(parent, seed=plan.growth_config.seed + 1)
+    child = apply_plan(parent, plan)
+    ids = _held_out(parent, plan.growth_config.seed)
+    before, after = (_logits_and_gradients(model, ids) for model in (parent, child))
+    pullback, worst = _pullback_error(parent, child, plan)
+    return Comparison(parent, child, ids, after, _relative(before, after), pullback, worst)
+
+
 def certify_plan(plan: GrowthPlan) -> Certificate:
     """Certify a plan on the model that it describes, filled with random numbers. Meant for twins: everything is run."""
     # Built inside, so that constants that the class computes are computed in float64 too.
     with true_float64():
-        parent = build(plan.model_class, plan.source_config)
-        randomise(parent, seed=plan.growth_config.seed + 1)
-        child = apply_plan(parent, plan)
-        ids = _held_out(parent, plan.growth_config.seed)
-        logits = [_logits_and_gradients(model, ids) for model in (parent, child)]
-        error = _relative(logits[0], logits[1])
-        pullback, worst = _pullback_error(parent, child, plan)
-        unreached = sorted(n for n, p in child.named_parameters() if p.requires_grad and p.grad is None)
-        reload_ok = _reloads(child, ids, logits[1])
-        frozen = _frozen(parent, child, plan)
-    same = error < LOGITS_TOLERANCE and pullback < PULLBACK_TOLERANCE
-    if not plan.exact:
-        reason = plan.reason
-    elif error >= LOGITS_TOLERANCE:
+        found = compare(plan)
+        unreached = sorted(n for n, p in found.child.named_parameters() if p.requires_grad and p.grad is None)
+        reload_ok = _reloads(found.child, found.ids, found.logits)
+        frozen = _frozen(found.parent, found.child, plan)
+    error, pullback = found.max_relative_error, found.max_pullback_error
+    reason = plan.reason
+    if plan.exact and error >= LOGITS_TOLERANCE:
         reason = f"the logits differ by {error:.1e} of the largest"
-    elif pullback >= PULLBACK_TOLERANCE:
-        reason = f"the pulled-back gradient of {worst} differs by {pullback:.1e}"
-    else:
-        reason = plan.reason
-    exact = plan.exact and same
-    return Certificate(exact, error, pullback, unreached, frozen, reload_ok, reason, worst)
+    elif plan.exact and pullback >= PULLBACK_TOLERANCE:
+        reason = f"the pulled-back gradient of {found.worst_pullback} differs by {pullback:.1e}"
+    return Certificate(
+        plan.exact and found.same, error, pullback, unreached, frozen, reload_ok, reason, found.worst_pullback
+    )
 
 
 def _held_out(model: PreTrainedModel, seed: int) -> Tensor:

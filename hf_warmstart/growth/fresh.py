@@ -110,6 +110,12 @@ def recipes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Map
     recorder = _Recorder()
     with recorder, torch.device("meta"):
         model = model_class(config)
+        # Classes initialise first and tie afterwards; a model on the meta device is tied already.
+        for name in model.all_tied_weights_keys:
+            module_name, _, leaf = name.rpartition(".")
+            setattr(
+                model.get_submodule(module_name), leaf, torch.nn.Parameter(torch.empty_like(model.get_parameter(name)))
+            )
         model.initialize_weights()
     made = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

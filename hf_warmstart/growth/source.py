@@ -31,16 +31,16 @@ def class_and_config(
 
 def check_model(model: object) -> None:
     """Raise unless an object is a plain `PreTrainedModel` whose weights can be grown."""
-    if "peft" in type(model).__module__ or hasattr(model, "peft_config"):
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise WarmstartError(
+            f"{type(model).__name__} has adapters attached. Merge or delete them (model.delete_adapter) before growing."
+        )
+    if "peft" in type(model).__module__:
         raise WarmstartError(
             f"{type(model).__name__} wraps a model with adapters. Merge them first: grow(model.merge_and_unload(), ...)."
         )
     if not isinstance(model, PreTrainedModel):
         raise WarmstartError(f"A PreTrainedModel is needed, got {type(model).__name__}.")
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise WarmstartError(
-            f"{type(model).__name__} has adapters attached. Merge or delete them (model.delete_adapter) before growing."
-        )
     if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None) is not None:
         method = getattr(getattr(model.config, "quantization_config", None), "quant_method", "quantised")
         raise WarmstartError(

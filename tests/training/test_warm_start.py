@@ -148,7 +148,9 @@ def test_an_optimizer_file_of_another_model_is_refused_by_shape(base, tmp_path):
     stock_trainer(tiny_model("llama", intermediate_size=104), other, 2, blocks(0, 2)).train()
     checkpoint = _broken(base, tmp_path)
     shutil.copy(other / "checkpoint-2" / "optimizer.pt", checkpoint / "optimizer.pt")
-    with pytest.raises(StateError, match=r"mlp.up_proj.weight: exp_avg has shape \(104, 64\), the parent's is \(96, 64\)"):
+    with pytest.raises(
+        StateError, match=r"mlp.up_proj.weight: exp_avg has shape \(104, 64\), the parent's is \(96, 64\)"
+    ):
         _start(base, checkpoint, tmp_path / "out")
     assert _nothing_written(tmp_path / "out")
 

@@ -64,11 +64,9 @@ _derived: dict[tuple, Layout] = {}
 
 def _probe_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """A small config whose sizes are as different from each other as the class allows."""
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None)
     sizes = {"num_attention_heads": 6, "hidden_size": 6 * HEAD_DIM}
-    if kv_heads is not None:
-        sizes["num_key_value_heads"] = 6 if kv_heads == heads else 1 if kv_heads == 1 else 2
+    if getattr(config, "num_key_value_heads", None) is not None:
+        sizes["num_key_value_heads"] = 2  # grouped, so that queries and keys show apart
     for name, value in {"intermediate_size": 28, "ffn_dim": 28, "n_inner": 28, "moe_intermediate_size": 20}.items():
         if name in config.to_dict():
             sizes[name] = value

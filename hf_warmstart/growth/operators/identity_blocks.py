@@ -1,6 +1,6 @@
 """Identity blocks: new layers copy a layer below them, with every branch that writes the residual stream zero.
 
-Copies are spread evenly: with L layers and k new ones, new layer j follows source layer `floor((j + 1) L / k) - 1`.
+Copies are spread evenly: with L layers and k new ones, new layer j follows source layer `ceil((j + 1) L / k) - 1`.
 
 Source: LLaMA Pro (arXiv 2401.02415).
 """
@@ -11,10 +11,10 @@ from .base import DepthOperator, register
 
 def _build(before: int, after: int) -> LayerMap:
     extra = after - before
-    follows = [(j + 1) * before // extra - 1 for j in range(extra)]
+    follows = [-(-(j + 1) * before // extra) - 1 for j in range(extra)]
     source, gated = [], []
     for layer in range(before):
-        new = follows.count(layer) + (follows.count(-1) if layer == 0 else 0)
+        new = follows.count(layer)
         source += [layer] * (1 + new)
         gated += [False] + [True] * new
     return LayerMap(before, tuple(source), tuple(gated))

@@ -1,0 +1,157 @@
+"""Bad input: a `WarmstartError` that names the values and the way out."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from hf_warmstart import GrowthConfig, WarmstartError, grow, plan_growth
+from hf_warmstart.errors import LayoutError, SizeError
+
+from ..models import tiny_config, tiny_model
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"width": 1.3},
+            [r"width=1.3 does not divide", r"64 -> 83.2", r"Admissible widths near it: 1 \(1\), 1.5 \(3/2\)"],
+        ),
+        ({"width": 0.5}, ["width=0.5 must be a number of at least 1"]),
+        ({"depth": 1.3}, ["depth=1.3 of 2 layers", "3/2"]),
+        ({"width_operator": "net2net", "width": 2}, ["net2net", "exact_copy"]),
+        ({"depth_operator": "copy", "depth": 2}, ["'copy'", "identity_blocks"]),
+        ({"hidden_sizes": 128}, ["no attribute 'hidden_sizes'", "nearest is 'hidden_size'"]),
+        ({"vocab_size": 200}, ["vocab_size", "cannot be grown", "hidden_size"]),
+        ({"rms_norm_eps": 1}, ["rms_norm_eps", "cannot be grown"]),
+        ({"num_attention_heads": 7}, ["num_attention_heads=7 is no multiple of num_key_value_heads=2"]),
+        ({"intermediate_size": 50}, ["intermediate_size would shrink from 96 to 50"]),
+        ({"num_hidden_layers": 1}, ["num_hidden_layers would shrink from 2 to 1"]),
+        ({"hidden_size": 128.5}, ["positive integers", "hidden_size=128.5"]),
+        ({"hidden_size": 64}, ["Nothing would grow"]),
+        ({}, ["Nothing to grow"]),
+        ({"growth_factor": 2, "width": 2}, ["growth_factor solves"]),
+        ({"depth": 3, "depth_operator": "overlap"}, ["overlap joins two copies of 2 layers and cannot make 6"]),
+        ({"width": 2, "uneven_ratio": 0, "width_operator": "uneven_copy"}, ["uneven_ratio=0"]),
+        ({"width": 2, "seed": "one"}, ["seed='one'"]),
+    ],
+)
+def test_sizes_and_operators_that_cannot_be_are_named_with_the_way_out(options, words):
+    with pytest.raises(WarmstartError) as error:
+        grow(tiny_model("llama"), **options)
+    for word in words:
+        assert re.search(word, str(error.value)), str(error.value)
+
+
+def test_a_width_that_changes_the_heads_size_is_refused_with_the_matching_sizes():
+    with pytest.raises(
+        SizeError, match=r"hidden_size 96 over 4 heads makes head_dim 24.*must stay 16.*num_attention_heads=6"
+    ):
+        grow(tiny_model("gpt2"), hidden_size=96)
+
+
+def test_the_configs_own_validator_is_quoted():
+    class Picky(LlamaConfig):
+        model_type = "llama"
+
+        def __post_init__(self, **kwargs):
+            super().__post_init__(**kwargs)
+            if self.hidden_size > 100:
+                raise ValueError("this config is at most 100 wide")
+
+    model = LlamaForCausalLM(Picky(**{k: v for k, v in tiny_config("llama").to_dict().items() if k != "model_type"}))
+    with pytest.raises(SizeError, match=r"Picky refuses the sizes.*128.*at most 100 wide"):
+        grow(model, width=2)
+
+
+# peft 0.21 still calls names that transformers 5.23 has renamed.
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+def test_a_peft_wrapped_model_is_refused():
+    from peft import LoraConfig, get_peft_model
+
+    wrapped = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(WarmstartError, match="merge_and_unload"):
+        grow(wrapped, width=2)
+    assert grow(wrapped.merge_and_unload(), width=2).config.hidden_size == 128
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+def test_a_model_with_attached_adapters_is_refused():
+    from peft import LoraConfig
+
+    model = tiny_model("llama")
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(WarmstartError, match="adapters attached"):
+        grow(model, width=2)
+
+
+def test_a_quantised_model_is_refused():
+    model = tiny_model("llama")
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    with pytest.raises(WarmstartError, match="quantised.*dequantize"):
+        grow(model, width=2)
+
+
+def test_a_model_without_weights_is_refused():
+    with torch.device("meta"):
+        model = type(tiny_model("llama"))(tiny_config("llama"))
+    with pytest.raises(WarmstartError, match="not plain tensors in memory"):
+        grow(model, width=2)
+
+
+@pytest.mark.parametrize("thing", [torch.nn.Linear(2, 2), None, 3])
+def test_what_is_no_model_is_refused(thing):
+    with pytest.raises(WarmstartError, match="PreTrainedModel is needed"):
+        grow(thing, width=2)
+
+
+def test_a_config_of_another_class_is_refused():
+    with pytest.raises(SizeError, match="config is for 'gpt2', the model is 'llama'"):
+        grow(tiny_model("llama"), tiny_config("gpt2"))
+
+
+def test_a_config_and_options_together_are_refused():
+    with pytest.raises(WarmstartError, match="both given"):
+        plan_growth(tiny_config("llama"), GrowthConfig(width=2), depth=2)
+
+
+class OddConfig(PreTrainedConfig):
+    """A user's own config, with an attention that no derivation can read."""
+
+    model_type = "odd"
+
+    def __init__(self, hidden_size=48, num_attention_heads=6, num_hidden_layers=2, vocab_size=61, **kwargs):
+        self.hidden_size, self.num_attention_heads = hidden_size, num_attention_heads
+        self.num_hidden_layers, self.vocab_size = num_hidden_layers, vocab_size
+        self.max_position_embeddings = 32
+        super().__init__(**kwargs)
+
+
+class OddModel(PreTrainedModel):
+    """A user's own model with a bare parameter of rank four."""
+
+    config_class = OddConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = torch.nn.Embedding(config.vocab_size, config.hidden_size)
+        self.mystery = torch.nn.Parameter(torch.zeros(2, 2, 2, config.hidden_size))
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids=None, **kwargs):
+        hidden = self.embed(input_ids) + self.mystery.sum((0, 1, 2))
+        return CausalLMOutput(logits=hidden @ self.embed.weight.T)
+
+
+def test_tensors_that_cannot_be_placed_are_all_named():
+    model = OddModel(OddConfig())
+    with pytest.raises(LayoutError, match=r"(?s)1 tensors could not be placed.*mystery \(2, 2, 2, 48\)"):
+        grow(model, hidden_size=96, num_attention_heads=12)
