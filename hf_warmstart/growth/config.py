@@ -59,8 +59,8 @@ class GrowthConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.target_config, PreTrainedConfig):
-            object.__setattr__(self, "target_config", self.target_config.to_dict())
+        if self.target_config is not None:
+            object.__setattr__(self, "target_config", _sizes_of(self.target_config))
         problems = [
             f"{name}={value!r} must be a number of at least 1"
             for name in ("width", "depth", "growth_factor")
@@ -147,6 +147,16 @@ class GrowthConfig:
         if not (made.width or made.depth or made.growth_factor or made.sizes or made.target_config):
             raise WarmstartError("Nothing to grow: pass width, depth, growth_factor, sizes or target_config.")
         return made
+
+
+def _sizes_of(target: PreTrainedConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a target config, and its type: all that a growth reads of it, and no path."""
+    data = target.to_dict() if isinstance(target, PreTrainedConfig) else target
+    return {
+        name: value
+        for name, value in data.items()
+        if name == "model_type" or (isinstance(value, int) and not isinstance(value, bool))
+    }
 
 
 def _is_number(value: object) -> bool:

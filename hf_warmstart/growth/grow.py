@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import ExactnessError
 from .config import GrowthConfig
 from .plan import RECORD_KEY, GrowthPlan, make_plan
-from .source import check_model, class_and_config, digest, parent_name
+from .source import check_model, class_and_config, digest, parent_name, parent_revision
 from .twin import default_dtype
 
 TAG = "hf_warmstart"
@@ -95,9 +95,9 @@ def apply_plan(model: PreTrainedModel, plan: GrowthPlan) -> PreTrainedModel:
     """The child of a model under a plan; no check of the result."""
     source = model.state_dict()
     config = copy.deepcopy(plan.target_config)
-    record = plan.record(parent_name(model.config), getattr(model.config, "_commit_hash", None), digest(model))
+    record = plan.record(parent_name(model.config), parent_revision(model.config), digest(model))
     setattr(config, RECORD_KEY, [*(getattr(model.config, RECORD_KEY, None) or []), record.to_dict()])
-    config._name_or_path = model.config._name_or_path
+    config._name_or_path = ""  # the child is not what its parent's name names
     config.architectures = [type(model).__name__]
     child = _empty_like(model, config)
     targets = child.state_dict(keep_vars=True)
@@ -110,19 +110,10 @@ def apply_plan(model: PreTrainedModel, plan: GrowthPlan) -> PreTrainedModel:
         target.requires_grad_(trainable.get(source_name, False))
     child.tie_weights()
     child.train(model.training)
-    child.add_model_tags(_tags(plan))
+    child.add_model_tags([TAG, *plan.operators])
     if model.can_generate():
         child.generation_config = copy.deepcopy(model.generation_config)
     return child
-
-
-def _tags(plan: GrowthPlan) -> list[str]:
-    tags = [TAG]
-    if plan.widens:
-        tags.append(plan.growth_config.width_operator)
-    if not plan.layer_map.is_identity:
-        tags.append(plan.growth_config.depth_operator)
-    return tags
 
 
 def _empty_like(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:

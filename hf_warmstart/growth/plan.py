@@ -6,7 +6,6 @@ The plan is the only carrier of maps. It is pure data derived from the parent's 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -40,6 +39,7 @@ class GrowthRecord:
 
     Args:
         growth_config: the `GrowthConfig` as plain data.
+        operators: the operators that were used: one for width, one for depth, or both.
         changes: config attribute -> [before, after].
         parameters: [before, after]. exact: whether the growth keeps the function.
         parent: the parent's Hub id, or the name of its folder. revision: its commit, if known.
@@ -48,6 +48,7 @@ class GrowthRecord:
     """
 
     growth_config: dict
+    operators: list[str]
     changes: dict[str, list]
     parameters: list[int]
     exact: bool
@@ -146,6 +147,12 @@ class GrowthPlan:
         """Whether any space grows."""
         return self.sizes[0] != self.sizes[1]
 
+    @property
+    def operators(self) -> list[str]:
+        """Names of the operators that the growth uses."""
+        width = [self.growth_config.width_operator] if self.widens else []
+        return width + ([] if self.layer_map.is_identity else [self.growth_config.depth_operator])
+
     @cached_property
     def parameters_before(self) -> int:
         """Entries of the parent's tensors, tied ones once."""
@@ -184,10 +191,7 @@ class GrowthPlan:
         """Why the growth is exact, or why it is not."""
         if self._inexact:
             return "; ".join(self._inexact)
-        parts = [WIDTH_OPERATORS[self.growth_config.width_operator].reason] if self.widens else []
-        if not self.layer_map.is_identity:
-            parts.append(DEPTH_OPERATORS[self.growth_config.depth_operator].reason)
-        return "; ".join(parts)
+        return "; ".join((WIDTH_OPERATORS | DEPTH_OPERATORS)[name].reason for name in self.operators)
 
     @cached_property
     def _inexact(self) -> list[str]:
@@ -208,6 +212,7 @@ class GrowthPlan:
         """The record of this growth."""
         return GrowthRecord(
             self.growth_config.to_dict(),
+            self.operators,
             self.changes,
             [self.parameters_before, self.parameters_after],
             self.exact,
@@ -221,11 +226,8 @@ class GrowthPlan:
         rows.append(("parameters", f"{self.parameters_before:,}", f"{self.parameters_after:,}"))
         width = max(len(row[0]) for row in rows)
         table = "\n".join(f"  {name:<{width}}  {before!s:>14} -> {after!s}" for name, before, after in rows)
-        operators = self.growth_config.width_operator if self.widens else ""
-        if not self.layer_map.is_identity:
-            operators = " + ".join(filter(None, (operators, self.growth_config.depth_operator)))
         return (
-            f"{self.model_class.__name__}, {operators}, seed {self.growth_config.seed}\n{table}\n"
+            f"{self.model_class.__name__}, {' + '.join(self.operators)}, seed {self.growth_config.seed}\n{table}\n"
             f"  growth factor {self.growth_factor:.3f}, {self.output_bytes / 2**20:,.1f} MiB\n"
             f"  {'exact' if self.exact else 'not exact'}: {self.reason}"
         )
@@ -304,8 +306,3 @@ def _multiplier(model_class: type[PreTrainedModel], layout: Layout, config: PreT
 
 def _itemsize(config: PreTrainedConfig) -> int:
     return (config_dtype(config) or torch.float32).itemsize
-
-
-def record_json(record: GrowthRecord) -> str:
-    """A record as text, for `growth.json` and the card."""
-    return json.dumps(record.to_dict(), indent=2, default=str)

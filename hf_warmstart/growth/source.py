@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..errors import WarmstartError
@@ -64,6 +65,18 @@ def parent_name(config: PreTrainedConfig) -> str:
     name = config._name_or_path or ""
     is_path = os.path.isabs(name) or os.path.exists(name) or name.startswith((".", "~"))
     return Path(name).name if is_path else name
+
+
+def parent_revision(config: PreTrainedConfig) -> str | None:
+    """The commit that a parent was loaded from, where it can only be one: transformers 5 does not keep it.
+
+    The Hub's cache holds a folder for each commit of a repository; a single one must be the parent's.
+    """
+    name = parent_name(config)
+    if not name or name != config._name_or_path:
+        return None
+    commits = list(Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "snapshots").glob("*"))
+    return commits[0].name if len(commits) == 1 else None
 
 
 def digest(model: PreTrainedModel) -> str:

@@ -173,10 +173,7 @@ class WarmstartTrainer(Trainer):
 
     def _warn_of_locked_copies(self) -> None:
         records = GrowthRecord.all_of(self.model.config)
-        if not records or records[-1].growth_config.get("width_operator") != "exact_copy":
-            return
-        widened = any(not isinstance(v[0], list) for k, v in records[-1].changes.items() if "layer" not in k)
-        if widened and not _has_dropout(self.model):
+        if records and "exact_copy" in records[-1].operators and not _has_dropout(self.model):
             warnings.warn(
                 "This model was widened by exact_copy and has no dropout: its copies have equal gradients and stay equal, "
                 "so that it trains as its parent would. Grow with perturbed_copy, uneven_copy or reference_slice to use "

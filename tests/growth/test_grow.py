@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_warmstart import GrowthConfig, GrowthRecord, grow, plan_growth
 from hf_warmstart.growth import grow as grow_module
+from hf_warmstart.growth import source as source_module
 from hf_warmstart.growth.plan import make_plan
 from hf_warmstart.growth.source import digest
 
@@ -203,3 +204,23 @@ def test_a_target_config_gives_the_sizes():
     assert child.config.intermediate_size == 200 and child.config.num_attention_heads == 8
     child = grow(parent, target, width_operator="exact_copy", seed=3)
     assert GrowthRecord.all_of(child.config)[-1].growth_config["width_operator"] == "exact_copy"
+
+
+def test_the_parents_commit_is_recorded_where_the_cache_holds_only_one(monkeypatch, tmp_path):
+    monkeypatch.setattr(source_module, "HF_HUB_CACHE", str(tmp_path))
+    parent = tiny_model("llama")
+    parent.config._name_or_path = "org/tiny"
+    snapshots = tmp_path / "models--org--tiny" / "snapshots"
+    assert GrowthRecord.all_of(grow(parent, width=2).config)[-1].revision is None
+    (snapshots / ("a" * 40)).mkdir(parents=True)
+    assert GrowthRecord.all_of(grow(parent, width=2).config)[-1].revision == "a" * 40
+    (snapshots / ("b" * 40)).mkdir()
+    assert GrowthRecord.all_of(grow(parent, width=2).config)[-1].revision is None
+
+
+def test_records_hold_no_path(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "runs" / "base")
+    parent = AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "base")
+    child = grow(parent, parent.config.__class__(**(parent.config.to_dict() | {"intermediate_size": 200})))
+    record = json.dumps(GrowthRecord.all_of(child.config)[-1].to_dict())
+    assert str(tmp_path) not in record and '"parent": "base"' in record

@@ -1,0 +1,100 @@
+"""`push_to_hub`: weights, config, `growth.json` and card of a grown model in one commit.
+
+`HfApi.upload_folder` splits large folders into several commits when `hf_xet` is installed (huggingface_hub 2.4), so
+that a fault on the way would leave weights without their card; `create_commit` makes one commit or none.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from transformers import PreTrainedModel
+
+from ..growth.certify import Certificate
+from ..growth.grow import TAG
+from ..version import __version__
+from .save import files_below, save_grown, stale_weights
+
+
+def push_to_hub(
+    model: PreTrainedModel,
+    repo_id: str,
+    *,
+    certificate: Certificate | None = None,
+    metrics: Mapping[str, float] | None = None,
+    dataset: str | None = None,
+    license: str | None = None,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    **save_kwargs,
+) -> CommitInfo:
+    """Push a grown model, its growth record and its card to the Hub in one commit.
+
+    A `README.md` that the repository already has is replaced by the new card. Weights that it holds under other names
+    (shards where one file is pushed, or the reverse) are removed in the same commit, since `from_pretrained` could load
+    them instead.
+
+    Args:
+        model (`PreTrainedModel`): a model made by `grow`, trained since or not; its config carries the records.
+        repo_id (`str`): the repository, `"org/name"` or `"name"`; made if missing.
+        certificate (`Certificate`, *optional*): of the last growth; measured when it is not given (seconds).
+        metrics (`dict[str, float]`, *optional*): evaluation results under the names of `Trainer.evaluate()`, such as
+            `{"eval_loss": 3.2, "eval_tokens": 65536}`.
+        dataset (`str`, *optional*): Hub id or name of the data of `metrics`. Without it the metrics stand in the card's
+            text only.
+        license (`str`, *optional*): the Hub's identifier of the licence. Never guessed.
+        commit_message (`str`, *optional*): defaults to `"Upload grown <class>"`.
+        private (`bool`, *optional*): whether a new repository is private; None takes the owner's default.
+        token (`bool` or `str`, *optional*): as in `huggingface_hub`; None takes the one that is logged in.
+        revision (`str`, *optional*): the branch; made if missing. Defaults to `main`.
+        create_pr (`bool`, defaults to `False`): open a pull request with the commit instead of changing the branch.
+        **save_kwargs: passed to `save_pretrained`, such as `max_shard_size="5GB"`.
+
+    Returns:
+        The `huggingface_hub.CommitInfo` of the commit. The model is untouched.
+
+    Raises:
+        WarmstartError: the model carries no record, a metric is not a finite number, or a keyword does not fit; nothing
+            is sent.
+        huggingface_hub.errors.HfHubHTTPError: the Hub refused.
+
+    Example:
+
+        >>> grown = grow(parent, width=2)  # doctest: +SKIP
+        >>> push_to_hub(grown, "my-org/my-grown-model", license="apache-2.0").commit_url  # doctest: +SKIP
+        'https://huggingface.co/my-org/my-grown-model/commit/...'
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        # Saved first: what cannot be saved leaves no empty repository behind.
+        save_grown(
+            model,
+            folder,
+            certificate=certificate,
+            metrics=metrics,
+            dataset=dataset,
+            license=license,
+            model_name=repo_id.rpartition("/")[2],
+            **save_kwargs,
+        )
+        api = HfApi(token=token, library_name=TAG, library_version=__version__)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision and not create_pr and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        written = files_below(folder)
+        stale = stale_weights(api.list_repo_files(repo_id, revision=revision), written)
+        return api.create_commit(
+            repo_id,
+            [
+                *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=Path(folder, name)) for name in written),
+                *(CommitOperationDelete(path_in_repo=name) for name in stale),
+            ],
+            commit_message=commit_message or f"Upload grown {type(model).__name__}",
+            revision=revision,
+            create_pr=create_pr,
+        )
