@@ -25,6 +25,8 @@ from ..growth.coordinates import Factors, coordinate_factors, coordinate_groups,
 from ..growth.plan import GrowthPlan, GrowthRecord, make_plan
 from ..growth.state import grow_optimizer_state
 from ..growth.twin import build
+from ..hub.card import render_card
+from ..hub.save import CARD_NAME
 from .arguments import WarmstartTrainingArguments
 from .checkpoint import ParentState, read_parent_state
 
@@ -230,6 +232,20 @@ class WarmstartTrainer(Trainer):
         if path.is_file():
             self._schedule_extra = int(json.loads(path.read_text())["schedule_extra"])
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the card of the growth, with the last evaluation; the stock card for a model that was not grown."""
+        if not isinstance(self.model, PreTrainedModel) or not GrowthRecord.all_of(self.model.config):
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            card = render_card(
+                self.model,
+                metrics=_last_evaluation(self.state.log_history),
+                dataset=kwargs.get("dataset"),
+                license=kwargs.get("license"),
+                model_name=kwargs.get("model_name"),
+            )
+            card.save(Path(self.args.output_dir, CARD_NAME))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._loads_plainly(resume_from_checkpoint):
             load_checkpoint_weights(self.model, resume_from_checkpoint)
@@ -262,6 +278,12 @@ def _last_record(model: nn.Module) -> GrowthRecord:
             "grow(), or leave warmstart_from out."
         )
     return records[-1]
+
+
+def _last_evaluation(history: list[dict[str, Any]]) -> dict[str, float]:
+    """The numbers of the last evaluation that a trainer logged."""
+    rows = [row for row in history if "eval_loss" in row]
+    return {name: value for name, value in rows[-1].items() if name.startswith("eval_")} if rows else {}
 
 
 def _has_dropout(model: nn.Module) -> bool:

@@ -54,7 +54,7 @@ def _state_by_name(optimizer, names) -> dict:
     return {names[id(p)]: dict(entry) for p, entry in optimizer.state.items()}
 
 
-def _follow(family: str, carry: bool, steps: int, **changes) -> tuple[float, float]:
+def follow(family: str, carry: bool, steps: int, **changes) -> tuple[float, float]:
     """Largest loss difference of parent and child over `steps` steps, and the largest gradient norm before clipping."""
     config = tiny_config(family, **changes)
     config.dtype, config._attn_implementation = torch.float64, "eager"
@@ -89,14 +89,14 @@ CASES = [("llama", {"tie_word_embeddings": False}), ("llama", {"tie_word_embeddi
 
 @pytest.mark.parametrize(("family", "changes"), CASES, ids=["llama", "llama-tied", "gpt2"])
 def test_100_adamw_steps_of_an_exact_copy_equal_its_parents_in_true_float64(family, changes):
-    worst, largest_norm = _follow(family, carry=True, steps=100, **changes)
+    worst, largest_norm = follow(family, carry=True, steps=100, **changes)
     assert worst < 1e-9
     assert largest_norm > MAX_NORM, "clipping must be active for this test to say anything about it"
 
 
 @pytest.mark.parametrize(("family", "changes"), CASES, ids=["llama", "llama-tied", "gpt2"])
 def test_without_the_carried_state_the_runs_part(family, changes):
-    worst, _ = _follow(family, carry=False, steps=10, **changes)
+    worst, _ = follow(family, carry=False, steps=10, **changes)
     assert worst > 1e-4
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 from hf_warmstart import WarmstartError, grow
@@ -67,7 +69,6 @@ def test_schedule_policies_place_the_learning_rate(base, tmp_path, policy, expec
     )
     trainer.train()
     rates = [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
-    import math
 
     def cosine(step: int) -> float:
         if step < 5:
@@ -185,3 +186,23 @@ def test_a_folder_that_is_none_is_refused(base, tmp_path):
 def test_an_optimizer_that_cannot_use_adams_moments_is_refused(base, tmp_path):
     with pytest.raises(StateError, match="SGD cannot use"):
         _start(base, base, tmp_path / "out", optim="sgd")
+
+
+def test_the_trainers_card_tells_of_the_growth_and_of_the_last_evaluation(base, tmp_path):
+    parent = AutoModelForCausalLM.from_pretrained(base)
+    trainer = warmstart_trainer(
+        grow(parent, width=2),
+        tmp_path,
+        2,
+        blocks(20, 2),
+        warmstart_from=base,
+        eval_dataset=blocks(22, 1),
+        eval_strategy="steps",
+        eval_steps=2,
+    )
+    trainer.train()
+    trainer.create_model_card(license="mit")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.license == "mit" and "perturbed_copy" in card.data.tags
+    loss = trainer.state.log_history[-2]["eval_loss"]
+    assert "eval_loss" in card.text and f"{loss:.4g}"[:4] in card.text
