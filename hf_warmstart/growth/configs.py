@@ -73,7 +73,7 @@ def resize_config(
                 data[name] = below + max(0, data[name] - layers)
     try:
         resized = type(config).from_dict(data)
-    except (StrictDataclassError, ValueError) as error:
+    except (StrictDataclassError, AttributeError, ValueError) as error:
         words = " ".join(str(error).split())
         raise SizeError(f"{type(config).__name__} refuses the sizes {dict(sizes)}: {words}") from error
     resized._attn_implementation_internal = config._attn_implementation_internal

@@ -117,17 +117,20 @@ class Layout:
         self.check_shapes(shapes, sizes)
         return sizes
 
-    def check_shapes(self, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]) -> None:
-        """Raise, naming every tensor, unless each has the shape that the layout gives it."""
+    def wrong_shapes(self, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]) -> list[str]:
+        """In words, the tensors that do not have the shape that the layout gives them."""
         wrong = []
         for name, shape in shapes.items():
             expected = tuple(axis.size(sizes) for axis in self.tensor(name).axes)
             if expected != tuple(shape):
-                wrong.append(f"  {name}: has {tuple(shape)}, the layout says {expected}")
-        if wrong:
+                wrong.append(f"{name}: has {tuple(shape)}, the layout says {expected}")
+        return wrong
+
+    def check_shapes(self, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]) -> None:
+        """Raise, naming every tensor, unless each has the shape that the layout gives it."""
+        if wrong := self.wrong_shapes(shapes, sizes):
             raise LayoutError(
-                f"{len(wrong)} tensors do not have the shape that the layout of {self.model_type} gives them:\n"
-                + "\n".join(sorted(wrong))
+                f"{len(wrong)} tensors do not have the shape that the layout of {self.model_type} gives them:\n{collect(wrong)}"
             )
 
     def space_of_attribute(self, attribute: str) -> str | None:

@@ -26,7 +26,7 @@ from .layouts import derive_layout
 from .layouts.derive import embedding_multiplier
 from .maps import LayerMap, SpaceMap
 from .operators import DEPTH_OPERATORS, WIDTH_OPERATORS
-from .sizes import resolve_sizes
+from .sizes import TargetSizes, resolve_sizes
 from .transform import TensorGrowth
 from .twin import build, meta_shapes
 
@@ -266,9 +266,7 @@ def make_plan(
             raise SizeError(
                 f"{asked.depth_operator} made {layer_map.after} layers where {target.layers} were asked for."
             )
-    grown_config = resize_config(
-        config, target.attributes(layout, config), layer_map if not layer_map.is_identity else None
-    )
+    grown_config = _grown_config(model_class, layout, config, target, layer_map)
     if layout.embedding_scale:
         scale = 1.0
         if before["residual"] != target.spaces["residual"] and operator.shrink(asked.options) is None:
@@ -279,6 +277,24 @@ def make_plan(
     )
     _check_target_shapes(plan)
     return plan
+
+
+def _grown_config(
+    model_class: type[PreTrainedModel],
+    layout: Layout,
+    config: PreTrainedConfig,
+    target: TargetSizes,
+    layer_map: LayerMap,
+) -> PreTrainedConfig:
+    """The child's config. Attributes that the parent leaves unset (GPT-2's `n_inner`) stay so where that suffices."""
+    attributes = target.attributes(layout, config)
+    layers = None if layer_map.is_identity else layer_map
+    unset = {name for name in attributes if getattr(config, name, None) is None}
+    if unset:
+        left = resize_config(config, {n: v for n, v in attributes.items() if n not in unset}, layers)
+        if not layout.wrong_shapes(meta_shapes(model_class, left), target.spaces):
+            return left
+    return resize_config(config, attributes, layers)
 
 
 def _check_target_shapes(plan: GrowthPlan) -> None:

@@ -97,6 +97,11 @@ class WarmstartTrainer(Trainer):
         if resume_from_checkpoint is not None:
             self._read_own_state(resume_from_checkpoint)
         elif self.warmstart_from is not None and self.parent_state is None:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise WarmstartError(
+                    "A parent's state cannot be carried into sharded optimizers yet. Train on one device or under DDP, or "
+                    "leave warmstart_from out."
+                )
             grown_state = self._read_parent(self.warmstart_from, max_steps)
         self._warn_of_locked_copies()
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)

@@ -6,10 +6,10 @@ import re
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from hf_warmstart import GrowthConfig, WarmstartError, grow, plan_growth
+from hf_warmstart import GrowthConfig, WarmstartError, certify, grow, plan_growth
 from hf_warmstart.errors import LayoutError, SizeError
 
 from ..models import tiny_config, tiny_model
@@ -155,3 +155,22 @@ def test_tensors_that_cannot_be_placed_are_all_named():
     model = OddModel(OddConfig())
     with pytest.raises(LayoutError, match=r"(?s)1 tensors could not be placed.*mystery \(2, 2, 2, 48\)"):
         grow(model, hidden_size=96, num_attention_heads=12)
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [("gptj", "probe could not be run"), ("mamba", "has no|could not be placed"), ("bloom", "could not be placed")],
+)
+def test_classes_that_cannot_be_derived_are_refused_with_the_reason(family, words):
+    config = AutoConfig.for_model(family, vocab_size=97, pad_token_id=None, bos_token_id=1, eos_token_id=2)
+    with pytest.raises(LayoutError, match=words):
+        plan_growth(config, width=2)
+
+
+@pytest.mark.parametrize("family", ["granite", "starcoder2", "cohere", "gemma", "gemma3_text", "phi", "helium"])
+def test_families_that_nobody_declared_derive_and_are_certified(family):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 97, "max_position_embeddings": 64}
+    own = {"head_dim": 16} if family in ("gemma3_text", "helium") else {}
+    config = AutoConfig.for_model(family, **sizes, **own, pad_token_id=None, bos_token_id=1, eos_token_id=2)
+    assert certify(config, width=2, width_operator="uneven_copy").exact

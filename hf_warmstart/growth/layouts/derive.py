@@ -43,23 +43,38 @@ HEAD_ATTRIBUTES = {"num_attention_heads", "num_key_value_heads", "head_dim"}
 SPACE_NAMES = {"vocab_size": "vocab", "max_position_embeddings": "positions", "hidden_size": "residual"}
 
 
+_derived: dict[tuple[type, str], Layout] = {}
+
+
 def derive_layout(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Layout:
     """The layout of `model_class` under the switches of `config`; sizes do not matter.
 
     Raises:
-        LayoutError: tensors that could not be placed, all named.
+        LayoutError: tensors that could not be placed, all named; or a class without the attributes that are asked.
     """
-    # Sizes are left out of the key: the probe replaces them.
-    return _derive(model_class, json.dumps(_probe_config(config).to_dict(), sort_keys=True, default=str), config)
-
-
-def _derive(model_class, key: str, config: PreTrainedConfig) -> Layout:
-    if (model_class, key) not in _derived:
-        _derived[model_class, key] = _Derivation(model_class, _probe_config(config)).layout()
-    return _derived[model_class, key]
-
-
-_derived: dict[tuple, Layout] = {}
+    missing = [
+        name for name in ("hidden_size", "num_attention_heads", "num_hidden_layers") if not hasattr(config, name)
+    ]
+    if missing:
+        raise LayoutError(
+            f"{model_class.__name__}: its config has no {missing}, from which layouts are derived. This class cannot be "
+            "grown yet."
+        )
+    # The probe replaces all sizes, so that models of one family share one derivation.
+    probe = _probe_config(config)
+    key = model_class, json.dumps(probe.to_dict(), sort_keys=True, default=str)
+    if key not in _derived:
+        try:
+            _derived[key] = _Derivation(model_class, probe).layout()
+        except LayoutError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            # Whatever a class does with a probe that it cannot run, it means one thing: nothing can be derived.
+            raise LayoutError(
+                f"{model_class.__name__}: its small probe could not be run ({type(error).__name__}: {error}). This class "
+                "cannot be grown yet."
+            ) from error
+    return _derived[key]
 
 
 def _probe_config(config: PreTrainedConfig) -> PreTrainedConfig:
