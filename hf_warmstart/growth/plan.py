@@ -23,7 +23,7 @@ from .configs import config_dtype, resize_config
 from .fresh import Recipe, recipes
 from .layout import WIDENED, Layout
 from .layouts import derive_layout
-from .layouts.derive import embedding_multiplier
+from .layouts.measure import embedding_multiplier
 from .maps import LayerMap, SpaceMap
 from .operators import DEPTH_OPERATORS, WIDTH_OPERATORS
 from .sizes import TargetSizes, resolve_sizes

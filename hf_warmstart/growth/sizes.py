@@ -16,6 +16,7 @@ from .layout import WIDENED, Layout
 
 Sizes = dict[str, int]
 _LAYERS = "num_hidden_layers"
+NEAR = 0.005
 
 
 @dataclass(frozen=True)
@@ -163,38 +164,33 @@ def _widen(layout: Layout, before: Sizes, width: float, explicit: Sizes) -> Size
 def _solve(layout, config, before: Sizes, layers: int, new_layers: int, factor: float) -> Sizes:
     """Sizes whose parameter count is nearest to `factor` times the parent's.
 
-    Heads and residual stream grow by one ratio; the MLP's width takes up what whole heads leave, within a third of its
-    proportion to the residual stream.
+    Heads and residual stream grow by one ratio; the MLP's width takes up what whole heads leave, within a factor of two
+    of its proportion to the residual stream. Of all sizes within half a percent the best proportioned are taken.
     """
     target = factor * count_parameters(layout, before, layers)
     spaces = _multiplied(layout, before)
     heads = next(name for name in spaces if layout.spaces[name].kind == "heads")
-    inner = [name for name in spaces if layout.spaces[name].kind == "elementwise"]
-    best: tuple[float, Sizes] | None = None
+    inner = next((name for name in spaces if layout.spaces[name].kind == "elementwise"), None)
+    candidates: list[tuple[bool, float, Sizes]] = []
     for count in range(before[heads], math.ceil(before[heads] * factor) + 1):
         ratio = Fraction(count, before[heads])
-        sizes = before | {name: math.floor(ratio * before[name]) for name in spaces}
         if (ratio * before["residual"]).denominator != 1:
             continue
-        candidates = [sizes]
-        if inner:
-            first = inner[0]
-            base = count_parameters(layout, sizes | {first: 0}, new_layers)
-            slope = count_parameters(layout, sizes | {first: 1}, new_layers) - base
-            exact = (target - base) / slope
-            low, high = (
-                math.ceil(before[first] * ratio * Fraction(3, 4)),
-                math.floor(before[first] * ratio * Fraction(4, 3)),
-            )
-            fitted = min(max(round(exact), low, before[first]), max(high, before[first]))
-            candidates = [sizes | {first: fitted}]
-        for candidate in candidates:
-            error = abs(count_parameters(layout, candidate, new_layers) - target)
-            if best is None or error < best[0]:
-                best = error, candidate
-    if best is None:
+        sizes = before | {name: math.floor(ratio * before[name]) for name in spaces}
+        distortion = 0.0
+        if inner is not None:
+            base = count_parameters(layout, sizes | {inner: 0}, new_layers)
+            slope = count_parameters(layout, sizes | {inner: 1}, new_layers) - base
+            even = float(ratio * before[inner])
+            fitted = round(min(max((target - base) / slope, even / 2, before[inner]), max(even * 2, before[inner])))
+            sizes[inner] = fitted
+            distortion = abs(math.log(fitted / even))
+        error = abs(count_parameters(layout, sizes, new_layers) / target - 1)
+        near = error < NEAR
+        candidates.append((not near, distortion if near else error, sizes))
+    if not candidates:
         raise SizeError(f"growth_factor={factor}: no whole number of heads divides {config.hidden_size}. Pass sizes.")
-    return best[1]
+    return min(candidates, key=lambda candidate: candidate[:2])[2]
 
 
 def _check(layout: Layout, config: PreTrainedConfig, before: Sizes, after: Sizes, layers: int) -> None:

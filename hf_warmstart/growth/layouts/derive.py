@@ -25,7 +25,7 @@ from functools import cache
 from importlib import resources
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -35,6 +35,7 @@ from ..layout import Kind, Layout, Role, SpaceInfo, TensorLayout, collect
 from ..twin import HEAD_DIM, build, layer_period, twin_config
 from .flow import Flow, is_norm, trace
 from .labels import Labels, measure_labels
+from .measure import centres, embedding_multiplier, offset_of
 
 RESIDUAL = Space("residual")
 QUERIES = Product("kv_heads", "group", "head_dim")
@@ -112,7 +113,7 @@ class _Derivation:
         self.ties = dict(self.model.all_tied_weights_keys)
         # Where heads move without the width, shapes alone tell their axes from the residual stream's.
         self.heads_visible = any(HEAD_ATTRIBUTES & set(slopes) for slopes in self.labels.slopes.values())
-        self.scaled = self._embedding_scale()
+        self.scaled = embedding_multiplier(self.model) not in (None, 1.0)
         self.prenorms = self._prenorms()
         self.unplaced: list[str] = []
 
@@ -148,7 +149,7 @@ class _Derivation:
         return "", []
 
     def _spaces(self, tensors: Mapping[str, TensorLayout]) -> dict[str, SpaceInfo]:
-        centred = any(self._centres(m) for n, m in self.modules.items() if is_norm(m) and self._norm_on_residual(n))
+        centred = any(centres(m) for n, m in self.modules.items() if is_norm(m) and self._norm_on_residual(n))
         kinds: dict[str, Kind] = {
             "residual": "layer_normed" if centred else "rms_normed",
             "kv_heads": "heads",
@@ -208,7 +209,7 @@ class _Derivation:
                 return None
             if leaf == "bias":
                 return TensorLayout((makes,), ("write",))
-            return TensorLayout((Gain(reads, makes),), ("write",), self._offset(module))
+            return TensorLayout((Gain(reads, makes),), ("write",), offset_of(module))
         if rank == 1 and leaf == "bias":
             return self._tensor((self._axis(module_name, name, 0, "write"),), ("write",))
         if isinstance(module, Conv1D):
@@ -350,35 +351,7 @@ class _Derivation:
         name = next((n for n, m in self.modules.items() if m is head), "")
         return f"{name}.weight" in self.ties and self.flow.maker_of(name) == module_name
 
-    @staticmethod
-    def _run(norm: nn.Module, weight: float, shift: float) -> Tensor:
-        """A norm's answer to fixed numbers, with all weights equal."""
-        saved = norm.weight.data
-        generator = torch.Generator().manual_seed(0)
-        numbers = torch.randn(5, len(saved), generator=generator, dtype=saved.dtype)
-        try:
-            norm.weight.data = torch.full_like(saved, weight)
-            with torch.no_grad():
-                return norm(numbers + shift)
-        finally:
-            norm.weight.data = saved
-
-    def _centres(self, norm: nn.Module) -> bool:
-        """Whether a norm subtracts the mean: a constant added to its input changes nothing."""
-        return torch.allclose(self._run(norm, 1.0, 0.0), self._run(norm, 1.0, 3.0), atol=1e-4)
-
-    def _offset(self, norm: nn.Module) -> float:
-        """1 for norms that multiply by `1 + weight`: a zero weight then still lets the input through."""
-        at_zero = self._run(norm, 0.0, 0.0)
-        if getattr(norm, "bias", None) is not None:
-            at_zero = at_zero - norm.bias.detach()
-        return 0.0 if float(at_zero.abs().max()) == 0.0 else 1.0
-
     # -- the model ------------------------------------------------------------------------------------------------
-
-    def _embedding_scale(self) -> bool:
-        """Whether the first layer reads the table times something that depends on the width."""
-        return embedding_multiplier(self.model) not in (None, 1.0)
 
     def _branch_ends(self) -> list[str]:
         """Tensors in layers that end a residual branch: the last matrix with its bias, or the norm behind it."""
@@ -400,40 +373,3 @@ class _Derivation:
                 if getattr(self.modules[owner], "bias", None) is not None:
                     ends.append(f"{owner}.bias")
         return ends
-
-
-def embedding_multiplier(model: PreTrainedModel) -> float | None:
-    """The constant between the embedding table and the first layer's input, in the model's dtype; None if none is.
-
-    Measured, not computed: classes round it to their own dtype.
-    """
-    table = model.get_input_embeddings()
-    stack = next(
-        (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == model.config.num_hidden_layers), None
-    )
-    if table is None or stack is None:
-        return None
-    seen: list[Tensor] = []
-
-    class _Stop(Exception):
-        pass
-
-    def stop(module, args, kwargs):
-        seen.append(args[0] if args else kwargs["hidden_states"])
-        raise _Stop
-
-    handle = stack[0].register_forward_pre_hook(stop, with_kwargs=True)
-    ids = torch.arange(1, 4, device=table.weight.device).reshape(1, -1)
-    try:
-        with torch.no_grad():
-            model(input_ids=ids)
-    except _Stop:
-        pass
-    finally:
-        handle.remove()
-    rows = table.weight.detach()[ids[0]].double()
-    if not seen or rows.shape != seen[0][0].shape:
-        return None
-    ratios = seen[0][0].double() / rows
-    ratio = ratios.flatten()[rows.abs().argmax()]
-    return float(ratio) if torch.allclose(ratios, ratio.expand_as(ratios), rtol=1e-2) else None
