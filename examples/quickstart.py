@@ -1,163 +1,333 @@
-"""Quickstart: grow a small language model, carry its training state, and measure honestly what that is worth.
+"""Grow a small model and see whether it pays: the whole way in a few minutes, with no network and no arguments.
 
-    python examples/quickstart.py            # about four minutes on two cores, no network
-    python examples/quickstart.py --help     # your own model, text and growth
+    python examples/quickstart.py                                     # text that every Python has
+    python examples/quickstart.py --model runs/base/checkpoint-500 --train-text corpus/
 
-A small Llama is trained on Python's own standard library and then made about twice as large. Four ways to go on are
-compared on held-out text, each decayed at its end and each with a tuned learning rate: the grown model with its carried
-optimizer state; the same with fresh state; the large model from scratch, at several token budgets; and the small model
-continued at equal FLOPs, without growing. The output folder holds the grown model with its card, `curves.png` and
-`report.json`, whose verdict says who is ahead, with and without the cost of the small model's own training.
+A small Llama-style parent is trained with AdamW, grown about twofold, and continued from its optimizer state. Beside it
+run: the same with a fresh state; a model of the child's size from scratch, at several budgets; and the parent itself,
+not grown, continued for the same compute. Fair by construction: every run sees the same stream of new data in the same
+order (block k of a stream depends on the seed alone), with the same batch, the same warm-up, plateau and decay, and
+every loss that is compared comes from a decayed run. Learning rates are tuned by the same short trials for parent, scratch
+and grown model; the parent that continues keeps its own. Losses are compared on held-out files.
+
+Left behind: the grown model with its card, `curves.png` and `report.json` (see `docs/tokens-to-loss.md`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
-import os
-import queue
-import shutil
 import sys
-import threading
+import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
+from queue import Empty
 from typing import Any
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by the workers when they start
 
 import torch
 from quickstart_arms import Arm, Result, Setup, flops_per_token, run_arm, start_worker
-from quickstart_report import Experiment, draw_curves, make_report, print_report
-from quickstart_text import Corpus, blocks, load_corpus, spread, train_tokenizer
-from quickstart_view import View
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedConfig
+from quickstart_report import Costs, make_report, plot
+from quickstart_text import blocks, load_corpus, spread, train_tokenizer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.utils import logging
 
-from hf_warmstart import GrowthConfig, WarmstartError, grow, plan_growth
+from hf_warmstart import GrowthPlan, WarmstartError, plan_growth
 from hf_warmstart.hub import save_grown
 
-VOCABULARY = 1024
-BASE = {
-    "hidden_size": 64,
-    "intermediate_size": 176,
-    "num_hidden_layers": 2,
+LENGTH, BATCH, VOCABULARY = 128, 16, 1024
+GRID = (2e-3, 4e-3, 8e-3)
+WARMUP, DECAY = 20, 0.2
+BASE_STEPS, STEPS = 1200, 500
+# Short runs prefer rates that are too low for longer ones, so trials are not much shorter than what they tune.
+TRIAL_STEPS = {"base": 150, "scratch": 300, "grown": 300}
+EVALUATED_BLOCKS = 96
+PARENT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
+    "max_position_embeddings": LENGTH,
     "tie_word_embeddings": False,
 }
-GROWTH = {"width": 1.5}
-RUNGS_SCRATCH = (0.5, 1.0, 1.5, 2.0)  # of the grown model's steps
-RUNGS = (0.25, 0.5, 1.0)
-TRIAL = 0.2  # a trial's length, of the same
-RATES = (0.5, 1.0, 2.0)  # tried, of --learning-rate
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Steps and evaluation of one experiment."""
-
-    base_steps: int
-    steps: int
-    warmup: int
-    evaluations: int
-    held_out: int
-    rates: tuple[float, ...] = RATES
-
-
-FULL = Sizes(base_steps=1600, steps=700, warmup=40, evaluations=14, held_out=128)
-QUICK = Sizes(base_steps=40, steps=30, warmup=4, evaluations=3, held_out=16, rates=(1.0,))
 
 
 def main() -> None:
-    """Run the experiment; mistakes end in one line."""
-    options = parse_options()
+    """Run all arms and leave the report."""
+    options = _options()
+    console = Console()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    start = time.perf_counter()
     try:
-        run(options)
-    except (WarmstartError, OSError) as error:
-        sys.exit(f"quickstart: {' '.join(str(error).split())}")
-    except KeyboardInterrupt:
-        sys.exit("quickstart: stopped")
+        with tempfile.TemporaryDirectory() as work:
+            report = Experiment(options, Path(work), console).run()
+    except WarmstartError as error:
+        sys.exit(f"quickstart: {error}")
+    console.print()
+    for line in report["verdict"]:
+        console.print(f"- {line}", highlight=False, soft_wrap=True)
+    console.print(
+        f"\n{time.perf_counter() - start:.0f} s in all. Model, card, curves and report lie in {options.output}"
+    )
 
 
-def parse_options() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    own = parser.add_argument_group("your own model and text")
-    own.add_argument("--model", help="the parent: a Trainer checkpoint (its state is carried), a folder or a Hub id")
-    own.add_argument("--base-tokens", type=_positive, help="tokens that --model was trained on, to count its cost")
-    text = own.add_mutually_exclusive_group()
-    text.add_argument("--train-text", metavar="PATH", help="a text file, or a folder of them")
-    text.add_argument("--dataset", help="a dataset's Hub id or folder")
-    own.add_argument("--text-column", default="text", help="column of --dataset (text)")
-    own.add_argument("--eval-text", metavar="PATH", help="second held-out domain (Python's documentation)")
-    growth = parser.add_argument_group("growth")
-    growth.add_argument("--width", type=float, help=f"multiply the width ({GROWTH.get('width')})")
-    growth.add_argument("--depth", type=float, help="multiply the layers")
-    growth.add_argument("--growth-factor", type=float, help="multiply the parameters; solves for the sizes")
-    growth.add_argument("--width-operator", default=GrowthConfig.width_operator)
-    growth.add_argument("--depth-operator", default=GrowthConfig.depth_operator)
-    training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=_positive, help=f"steps of the grown model ({FULL.steps})")
-    training.add_argument("--base-steps", type=_positive, help=f"steps of the base ({FULL.base_steps})")
-    training.add_argument("--budget", type=_positive_number, default=1.0, help="multiplies all steps (1)")
-    training.add_argument("--batch-size", type=_positive, default=16, help="sequences per step (16)")
-    training.add_argument("--sequence-length", type=_positive, default=128, help="tokens per sequence (128)")
-    training.add_argument("--learning-rate", type=_positive_number, default=4e-3, help="middle of the grid (4e-3)")
-    training.add_argument("--seed", type=int, default=0, help="initialisation, growth and data order (0)")
-    parser.add_argument("--workers", type=_positive, default=2, help="processes of one thread each (2)")
-    parser.add_argument("--output", default="runs/quickstart", help="folder of the results (runs/quickstart)")
-    parser.add_argument("--quick", action="store_true", help="a smoke run: half a minute, no meaning in its numbers")
-    return parser.parse_args()
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Grow a small model, continue it, and compare.")
+    add = parser.add_argument
+    add("--model", help="a trained parent: folder or Hub id; a Trainer checkpoint carries its optimizer's state")
+    add("--train-text", help="file or folder of text to learn from")
+    add("--dataset", help="or a dataset: Hub id or folder")
+    add("--text-column", default="text", help="its column (default: text)")
+    add("--eval-text", help="file or folder: the second held-out domain")
+    add("--output", default="runs/quickstart", help="folder to leave (default: runs/quickstart)")
+    add("--width", type=float, help="factor of the width (default: 1.5 unless --depth is given)")
+    add("--depth", type=float, help="factor of the number of layers")
+    add("--width-operator", default="perturbed_copy")
+    add("--depth-operator", default="identity_blocks")
+    add("--budget", type=float, default=1.0, help="multiplies every number of steps (default: 1)")
+    add("--seed", type=int, default=0)
+    add("--workers", type=int, default=2, help="processes, one thread each (default: 2)")
+    add("--quick", action="store_true", help="a run of seconds that shows that everything works, and nothing else")
+    options = parser.parse_args()
+    if options.train_text and options.dataset:
+        parser.error("pass --train-text or --dataset, not both")
+    if options.budget <= 0 or options.workers < 1:
+        parser.error("--budget must be positive and --workers at least 1")
+    return options
 
 
-def run(options: argparse.Namespace) -> None:
-    """From text to report."""
-    began = time.perf_counter()
-    output = Path(options.output)
-    if output.exists() and not output.is_dir():
-        raise WarmstartError(f"--output {options.output!r} is a file. Pass a folder.")
-    sizes = _sizes(options)
-    growth = GrowthConfig.of(None, _growth_options(options)).to_dict()
-    growth.pop("library_version")
-    base_config = None if options.model else LlamaConfig(**BASE, vocab_size=VOCABULARY)
-    plan = plan_growth(options.model or base_config, **growth)
-    corpus = load_corpus(options.train_text, options.dataset, options.text_column, options.eval_text)
-    output.mkdir(parents=True, exist_ok=True)
-    work = output / ".work"
-    shutil.rmtree(work, ignore_errors=True)
-    with View(f"{corpus.name}: growing {plan.parameters_before:,} to {plan.parameters_after:,} parameters") as view:
-        messages = multiprocessing.get_context("spawn").Queue()
-        stop = multiprocessing.get_context("spawn").Event()
-        with ProcessPoolExecutor(
-            options.workers, multiprocessing.get_context("spawn"), start_worker, (messages, stop)
-        ) as pool:
-            list(pool.map(abs, range(options.workers)))  # the workers import while the tokenizer is trained
-            tokenizer, tokens = _prepare(options, corpus, sizes, plan, work)
-            setup = _setup(options, sizes, growth, work)
-            experiment = Experiment(
-                setup=setup,
-                corpus=corpus,
-                train_tokens=tokens,
-                plan=plan,
-                flops={
-                    "small": flops_per_token(plan.source_config, setup.length),
-                    "large": flops_per_token(plan.target_config, setup.length),
+class Experiment:
+    """All arms in worker processes, each as soon as what it needs is there."""
+
+    def __init__(self, options: argparse.Namespace, work: Path, console: Console):
+        self.options, self.work, self.console = options, work, console
+        scale = 0.03 if options.quick else options.budget
+        self.base_steps, self.steps = (max(32, round(steps * scale)) for steps in (BASE_STEPS, STEPS))
+        self.trial_steps = {what: max(8, round(steps * scale)) for what, steps in TRIAL_STEPS.items()}
+        self.growth = {
+            name: getattr(options, name)
+            for name in ("width", "depth", "width_operator", "depth_operator", "seed")
+            if getattr(options, name) is not None
+        }
+        if options.width is None and options.depth is None:
+            self.growth["width"] = 1.5
+        self.grid = GRID[1:2] if options.quick else GRID
+        self.trials: dict[str, dict[float, float]] = {}
+
+    # -- the whole ------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Prepare, train, compare, and leave the folder."""
+        plan = self._prepare()
+        context = multiprocessing.get_context("spawn")
+        queue, stop = context.Manager().Queue(), context.Manager().Event()
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        with (
+            ProcessPoolExecutor(self.options.workers, context, start_worker, (queue, stop)) as pool,
+            Progress(*columns, console=self.console, transient=True) as progress,
+        ):
+            try:
+                results = Scheduler(self, pool, queue, progress).run()
+            finally:
+                stop.set()
+        costs = Costs(
+            BATCH * self.length,
+            flops_per_token(plan.source_config, self.length),
+            flops_per_token(plan.target_config, self.length),
+            None if self.options.model else self.base_steps * BATCH * self.length * self.flops[0],
+        )
+        report = make_report(results, self.steps, costs, self._facts(plan))
+        self._leave(results["carried"], report)
+        return report
+
+    def _prepare(self) -> GrowthPlan:
+        """Text, tokenizer, blocks and configs, in the work folder."""
+        options = self.options
+        with self.console.status("reading text and training a tokenizer" if not options.model else "reading text"):
+            self.corpus = load_corpus(options.train_text, options.dataset, options.text_column, options.eval_text)
+            if options.model:
+                config = AutoConfig.from_pretrained(options.model)
+                self.tokenizer = AutoTokenizer.from_pretrained(options.model)
+            else:
+                self.tokenizer = train_tokenizer(self.corpus.train, VOCABULARY)
+                ends = {f"{kind}_token_id": self.tokenizer.eos_token_id for kind in ("bos", "eos")}
+                config = LlamaConfig(**PARENT, **ends)
+            self.length = min(LENGTH, config.max_position_embeddings)
+            data = {
+                "train": blocks(self.tokenizer, self.corpus.train, self.length),
+                "source": spread(blocks(self.tokenizer, self.corpus.source, self.length), EVALUATED_BLOCKS),
+                "docs": spread(blocks(self.tokenizer, self.corpus.docs, self.length), EVALUATED_BLOCKS),
+            }
+            short = [name for name, rows in data.items() if len(rows) < 8]
+            if short:
+                raise WarmstartError(f"Too little text for {short}: fewer than 8 blocks of {self.length} tokens.")
+            torch.save(data, self.work / "blocks.pt")
+            plan = plan_growth(config, **self.growth)
+            config.save_pretrained(self.work / "base-config")
+            plan.target_config.save_pretrained(self.work / "scratch-config")
+        self.flops = tuple(flops_per_token(c, self.length) for c in (plan.source_config, plan.target_config))
+        self.train_tokens = data["train"].numel()
+        self.console.print(f"[bold]{self.corpus.name}[/bold], {self.train_tokens:,} tokens to learn from")
+        self.console.print(str(plan), highlight=False)
+        return plan
+
+    def setup(self, parent: str, evaluations: int) -> Setup:
+        """What the arms share, for a parent's folder ('' before there is one)."""
+        carries = bool(parent) and all(Path(parent, name).is_file() for name in ("optimizer.pt", "scheduler.pt"))
+        step = json.loads(Path(parent, "trainer_state.json").read_text())["global_step"] if carries else 0
+        seed = self.options.seed
+        warmup = min(WARMUP, min(self.trial_steps.values()) // 4)
+        return Setup(
+            str(self.work), parent, self.growth, carries, step, BATCH, self.length, warmup, DECAY, evaluations, seed
+        )
+
+    @property
+    def control_steps(self) -> int:
+        """Steps in which the parent spends the compute of the grown arm."""
+        return round(self.steps * self.flops[1] / self.flops[0])
+
+    def _facts(self, plan: GrowthPlan) -> dict[str, Any]:
+        return {
+            "corpus": {"name": self.corpus.name, "digest": self.corpus.digest, "train_tokens": self.train_tokens},
+            "parameters": [plan.parameters_before, plan.parameters_after],
+            "growth_config": plan.growth_config.to_dict(),
+            "base": self.options.model or {"steps": self.base_steps, "tokens": self.base_steps * BATCH * self.length},
+            "batch": BATCH,
+            "length": self.length,
+            "warmup_steps": WARMUP,
+            "decay_share": DECAY,
+            "seed": self.options.seed,
+            "quick": self.options.quick,
+            "learning_rate_trials": {
+                "steps": self.trial_steps,
+                "loss": {
+                    kind: {f"{rate:g}": loss for rate, loss in found.items()} for kind, found in self.trials.items()
                 },
-                base_tokens=options.base_tokens if options.model else sizes.base_steps * setup.batch * setup.length,
-                options=vars(options),
-            )
-            results, trials = _train(experiment, options, sizes, pool, view, messages, stop)
-    report = make_report(experiment, results, trials, time.perf_counter() - began)
-    _save(output, work, report, results, tokenizer, corpus, setup)
-    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    draw_curves(report, output / "curves.png")
-    shutil.rmtree(work)
-    print_report(report, options.output)
+                "at_edge": [kind for kind, found in self.trials.items() if len(found) > 2 and _at_edge(found)],
+            },
+        }
+
+    def _leave(self, grown: Result, report: dict[str, Any]) -> None:
+        """The folder: model, tokenizer, card, curves, report."""
+        output = Path(self.options.output)
+        model = AutoModelForCausalLM.from_pretrained(grown.model)
+        metrics = {f"eval_{domain}_loss": loss for domain, loss in grown.final.items()}
+        tokens = EVALUATED_BLOCKS * (self.length - 1)
+        save_grown(model, output, metrics=metrics | {"eval_tokens": tokens}, dataset=self.corpus.name)
+        self.tokenizer.save_pretrained(output)
+        plot(report, output / "curves.png")
+        (output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _at_edge(found: dict[float, float]) -> bool:
+    """Whether the best rate is the lowest or the highest that was tried."""
+    return min(found, key=lambda rate: found[rate]) in (min(found), max(found))
+
+
+class Scheduler:
+    """Submits arms when what they need is there: trials first, then the runs that they tune."""
+
+    def __init__(self, experiment: Experiment, pool: ProcessPoolExecutor, queue: Any, progress: Progress):
+        self.e, self.pool, self.queue, self.progress = experiment, pool, queue, progress
+        self.running: dict[Future, Arm] = {}
+        self.results: dict[str, Result] = {}
+        self.parent = experiment.options.model or ""
+        e = experiment
+        trials = {what: len(e.grid) * steps for what, steps in e.trial_steps.items()}
+        ladder = 2 * e.steps + 0.2 * 1.5 * e.steps + trials["scratch"]
+        grown = 2 * (e.steps + 0.2 * 0.75 * e.steps) + trials["grown"]
+        small = e.control_steps * 1.15 + (0 if self.parent else e.base_steps + trials["base"])
+        self.total = e.flops[1] * (ladder + grown) + e.flops[0] * small
+        self.task = progress.add_task("training", total=self.total)
+
+    def run(self) -> dict[str, Result]:
+        """All arms; returns those that are compared, by name."""
+        self._try("scratch")
+        if self.parent:
+            self._with_parent()
+        else:
+            self._try("base")
+        while self.running:
+            done, _ = wait(self.running, timeout=0.3, return_when=FIRST_COMPLETED)
+            self._listen()
+            for future in done:
+                arm = self.running.pop(future)
+                self._finished(arm, future.result())
+        return {name: self.results[name] for name in ("carried", "fresh", "scratch", "control")}
+
+    def _submit(self, arm: Arm, evaluations: int = 8) -> None:
+        self.running[self.pool.submit(run_arm, arm, self.e.setup(self.parent, evaluations))] = arm
+
+    def _try(self, what: str) -> None:
+        """Short decayed runs over the grid of learning rates."""
+        for rate in self.e.grid:
+            self._trial(what, rate)
+
+    def _trial(self, what: str, rate: float) -> None:
+        kind = "base trial" if what == "base" else what
+        self._submit(Arm(f"{what} trial {rate:g}", kind, rate, (self.e.trial_steps[what],)), evaluations=0)
+
+    def _finished(self, arm: Arm, result: Result) -> None:
+        if " trial " in arm.name:
+            what = arm.name.split()[0]
+            found = self.e.trials.setdefault(what, {})
+            found[arm.learning_rate] = result.final["source"]
+            waiting = any(other.name.startswith(f"{what} trial") for other in self.running.values())
+            if not waiting and len(found) == len(GRID) and _at_edge(found):
+                best = min(found, key=lambda rate: found[rate])
+                self._trial(what, best * 2 if best == max(found) else best / 2)  # the grid was too narrow
+            elif not waiting:
+                self._tuned(what, min(found, key=lambda rate: found[rate]))
+            return
+        self.results[arm.name] = result
+        losses = ", ".join(f"{domain} {loss:.3f}" for domain, loss in result.final.items())
+        steps = arm.rungs[-1]
+        self.progress.console.print(
+            f"{arm.name:<8} {steps:>5} steps  {steps * BATCH * self.e.length / 1e6:5.2f} M tokens  "
+            f"learning rate {arm.learning_rate:g}  {losses}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        if arm.kind == "base":
+            self.parent = result.checkpoints[arm.rungs[-1]]
+            self._with_parent()
+
+    def _with_parent(self) -> None:
+        self._try("grown")
+        steps = self.e.control_steps
+        rate = self.results["base"].arm.learning_rate if "base" in self.results else GRID[1]
+        self._submit(Arm("control", "control", rate, (steps // 4, steps // 2, steps)))
+
+    def _tuned(self, what: str, rate: float) -> None:
+        """Start the runs whose learning rate is known now."""
+        steps = self.e.steps
+        if what == "base":
+            self._submit(Arm("base", "base", rate, (self.e.base_steps,)))
+        elif what == "scratch":
+            self._submit(Arm("scratch", "scratch", rate, (steps // 2, steps, 2 * steps)))
+        else:
+            rungs = (steps // 4, steps // 2, steps)
+            self._submit(Arm("carried", "grown", rate, rungs))
+            self._submit(Arm("fresh", "grown", rate, rungs, state_policy="reset"))
+
+    def _listen(self) -> None:
+        """Move the bar by what the workers say that they have done."""
+        while True:
+            try:
+                arm, steps, loss = self.queue.get_nowait()
+            except Empty:
+                return
+            per_step = self.e.flops[0 if arm.kind in ("base", "base trial", "control") else 1]
+            shown = f"{arm.name} {loss:.3f}" if loss is not None else arm.name
+            self.progress.update(self.task, advance=steps * per_step, description=shown)
+
+
+if __name__ == "__main__":
+    main()
