@@ -39,9 +39,10 @@ from hf_warmstart import GrowthPlan, WarmstartError, plan_growth
 from hf_warmstart.hub import save_grown
 
 LENGTH, BATCH, VOCABULARY = 128, 16, 1024
-GRID = (2e-3, 4e-3, 8e-3)
+# Learning rates that are tried first; where the best is the lowest or highest, one beyond it is tried as well.
+GRIDS = {"base": (4e-3, 8e-3, 16e-3), "scratch": (2e-3, 4e-3, 8e-3), "grown": (1e-3, 2e-3, 4e-3)}
 WARMUP, DECAY = 20, 0.2
-BASE_STEPS, STEPS = 1200, 500
+BASE_STEPS, STEPS = 2000, 500
 # Short runs prefer rates that are too low for longer ones, so trials are not much shorter than what they tune.
 TRIAL_STEPS = {"base": 150, "scratch": 300, "grown": 300}
 EVALUATED_BLOCKS = 96
@@ -118,7 +119,7 @@ class Experiment:
         }
         if options.width is None and options.depth is None:
             self.growth["width"] = 1.5
-        self.grid = GRID[1:2] if options.quick else GRID
+        self.grids = {what: grid[1:2] if options.quick else grid for what, grid in GRIDS.items()}
         self.trials: dict[str, dict[float, float]] = {}
 
     # -- the whole ------------------------------------------------------------------------------------------------
@@ -240,7 +241,7 @@ class Scheduler:
         self.results: dict[str, Result] = {}
         self.parent = experiment.options.model or ""
         e = experiment
-        trials = {what: len(e.grid) * steps for what, steps in e.trial_steps.items()}
+        trials = {what: len(e.grids[what]) * steps for what, steps in e.trial_steps.items()}
         ladder = 2 * e.steps + 0.2 * 1.5 * e.steps + trials["scratch"]
         grown = 2 * (e.steps + 0.2 * 0.75 * e.steps) + trials["grown"]
         small = e.control_steps * 1.15 + (0 if self.parent else e.base_steps + trials["base"])
@@ -249,11 +250,12 @@ class Scheduler:
 
     def run(self) -> dict[str, Result]:
         """All arms; returns those that are compared, by name."""
-        self._try("scratch")
+        # The base first: everything but scratch waits for it.
         if self.parent:
             self._with_parent()
         else:
             self._try("base")
+        self._try("scratch")
         while self.running:
             done, _ = wait(self.running, timeout=0.3, return_when=FIRST_COMPLETED)
             self._listen()
@@ -267,7 +269,7 @@ class Scheduler:
 
     def _try(self, what: str) -> None:
         """Short decayed runs over the grid of learning rates."""
-        for rate in self.e.grid:
+        for rate in self.e.grids[what]:
             self._trial(what, rate)
 
     def _trial(self, what: str, rate: float) -> None:
@@ -280,7 +282,7 @@ class Scheduler:
             found = self.e.trials.setdefault(what, {})
             found[arm.learning_rate] = result.final["source"]
             waiting = any(other.name.startswith(f"{what} trial") for other in self.running.values())
-            if not waiting and len(found) == len(GRID) and _at_edge(found):
+            if not waiting and len(found) == len(GRIDS[what]) and _at_edge(found):
                 best = min(found, key=lambda rate: found[rate])
                 self._trial(what, best * 2 if best == max(found) else best / 2)  # the grid was too narrow
             elif not waiting:
@@ -302,7 +304,7 @@ class Scheduler:
     def _with_parent(self) -> None:
         self._try("grown")
         steps = self.e.control_steps
-        rate = self.results["base"].arm.learning_rate if "base" in self.results else GRID[1]
+        rate = self.results["base"].arm.learning_rate if "base" in self.results else GRIDS["grown"][1]
         self._submit(Arm("control", "control", rate, (steps // 4, steps // 2, steps)))
 
     def _tuned(self, what: str, rate: float) -> None:

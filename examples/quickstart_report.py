@@ -18,6 +18,8 @@ from hf_warmstart.scaling import speedup, tokens_to_loss
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+# Spread of final losses between seeds at these sizes, in nats.
+NOISE = 0.02
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = {"carried": "#0072B2", "fresh": "#56B4E9", "scratch": "#D55E00", "control": "#009E73"}
 LABELS = {
@@ -118,14 +120,16 @@ def verdict(report: dict[str, Any]) -> list[str]:
         )
     gap = control["eval_loss"]["source"] - grown["eval_loss"]["source"]
     ahead = "ahead of" if gap > 0 else "behind"
+    tie = f", less than the {NOISE} by which seeds differ" if abs(gap) < NOISE else ""
     lines.append(
         f"At equal FLOPs the grown model is {abs(gap):.3f} nats {ahead} the parent that simply continued "
-        f"({grown['eval_loss']['source']:.3f} and {control['eval_loss']['source']:.3f})."
+        f"({grown['eval_loss']['source']:.3f} and {control['eval_loss']['source']:.3f}){tie}."
     )
-    if gap <= 0:
+    if gap < NOISE:
         lines.append(
-            "Growing did not pay here: the parent still learns from more tokens as fast as the larger model does from "
-            "fewer. Growth pays once the parent's own curve is flat; train the parent longer, or grow a larger budget."
+            "Against that control growing did not pay here: the parent still learns from more tokens as fast as the larger "
+            "model does from fewer. Growth pays once the parent's own curve is flat; train the parent longer, or grow for a "
+            "larger budget."
         )
     other = arms["fresh"]["eval_loss"]["source"] - grown["eval_loss"]["source"]
     lines.append(

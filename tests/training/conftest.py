@@ -80,16 +80,19 @@ class Base:
     later_losses: list[float]
 
 
-@pytest.fixture(scope="session")
-def base_run(tmp_path_factory) -> Base:
-    """A tiny Llama trained by the stock Trainer for 120 steps, saved at step 20."""
-    folder = tmp_path_factory.mktemp("base")
+def train_base(folder: Path, family: str = "llama", **changes) -> Base:
+    """A tiny model trained by the stock Trainer for 120 steps, saved at step 20."""
     torch.manual_seed(0)
-    trainer = stock_trainer(
-        tiny_model("llama", randomised=False), folder, 120, blocks(0, 120), save_steps=20, save_total_limit=None
-    )
+    model = tiny_model(family, randomised=False, **changes)
+    trainer = stock_trainer(model, folder, 120, blocks(0, 120), save_steps=20, save_total_limit=None)
     trainer.train()
     return Base(folder / "checkpoint-20", losses(trainer)[20:])
+
+
+@pytest.fixture(scope="session")
+def base_run(tmp_path_factory) -> Base:
+    """A tiny Llama's run."""
+    return train_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="session")
