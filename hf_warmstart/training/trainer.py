@@ -292,8 +292,9 @@ def _last_evaluation(history: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _has_dropout(model: nn.Module) -> bool:
-    """Whether any dropout is active in training."""
-    modules = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
-    return modules or any(
-        isinstance(value, float) and value > 0 for name, value in model.config.to_dict().items() if "dropout" in name
+    """Whether any dropout is active in training: as a module, or as a rate that a module keeps for its forward."""
+    return any(
+        (isinstance(module, nn.Dropout) and module.p > 0)
+        or any(isinstance(rate, float) and rate > 0 and "drop" in name for name, rate in vars(module).items())
+        for module in model.modules()
     )

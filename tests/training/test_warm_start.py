@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -46,6 +47,25 @@ def test_100_steps_through_trainer_follow_the_parent_in_float32_and_only_with_it
     child = _child_losses(base.checkpoint, tmp_path / "reset", state_policy="reset")
     worst = max(abs(a - b) for a, b in zip(base.later_losses, child, strict=True))
     assert worst > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "locked"),
+    [
+        ("gpt2", {}, True),  # its config names a dropout of a head that it does not have
+        ("gpt2", {"resid_pdrop": 0.1}, False),
+        ("llama", {}, True),
+        ("llama", {"attention_dropout": 0.1}, False),
+        ("opt", {"dropout": 0.1}, False),
+    ],
+)
+def test_locked_copies_are_warned_of_unless_dropout_parts_them(family, changes, locked, tmp_path):
+    child = grow(tiny_model(family, **changes), width=2, width_operator="exact_copy")
+    trainer = warmstart_trainer(child, tmp_path, 1, blocks(0, 1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    assert any("exact_copy" in str(w.message) for w in caught) is locked
 
 
 def test_the_carried_step_and_moments_arrive_in_the_optimizer(base, tmp_path):
