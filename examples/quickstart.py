@@ -43,8 +43,8 @@ LENGTH, BATCH, VOCABULARY = 128, 16, 1024
 GRIDS = {"base": (4e-3, 8e-3, 16e-3), "scratch": (2e-3, 4e-3, 8e-3), "grown": (1e-3, 2e-3, 4e-3)}
 WARMUP, DECAY = 20, 0.2
 BASE_STEPS, STEPS = 2000, 500
-# Short runs prefer rates that are too low for longer ones, so trials are not much shorter than what they tune.
-TRIAL_STEPS = {"base": 150, "scratch": 300, "grown": 300}
+# Short runs prefer rates that are too low for longer ones, so trials are half as long as what they tune.
+TRIAL_STEPS = {"base": 150, "scratch": 250, "grown": 250}
 EVALUATED_BLOCKS = 96
 PARENT = {
     "vocab_size": VOCABULARY,
@@ -194,6 +194,13 @@ class Experiment:
         """Steps in which the parent spends the compute of the grown arm."""
         return round(self.steps * self.flops[1] / self.flops[0])
 
+    @property
+    def longest_scratch(self) -> int:
+        """Steps of the longest run from scratch: the compute of base and growth together, where that is known."""
+        if self.options.model:
+            return 2 * self.steps
+        return self.steps + max(self.steps // 2, round(self.base_steps * self.flops[0] / self.flops[1]))
+
     def _facts(self, plan: GrowthPlan) -> dict[str, Any]:
         return {
             "corpus": {"name": self.corpus.name, "digest": self.corpus.digest, "train_tokens": self.train_tokens},
@@ -242,9 +249,9 @@ class Scheduler:
         self.parent = experiment.options.model or ""
         e = experiment
         trials = {what: len(e.grids[what]) * steps for what, steps in e.trial_steps.items()}
-        ladder = 2 * e.steps + 0.2 * 1.5 * e.steps + trials["scratch"]
-        grown = 2 * (e.steps + 0.2 * 0.75 * e.steps) + trials["grown"]
-        small = e.control_steps * 1.15 + (0 if self.parent else e.base_steps + trials["base"])
+        ladder = e.longest_scratch + DECAY * 1.5 * e.steps + trials["scratch"]
+        grown = 2 * e.steps + DECAY * 1.25 * e.steps + trials["grown"]
+        small = e.control_steps * (1 + DECAY / 2) + (0 if self.parent else e.base_steps + trials["base"])
         self.total = e.flops[1] * (ladder + grown) + e.flops[0] * small
         self.task = progress.add_task("training", total=self.total)
 
@@ -305,7 +312,7 @@ class Scheduler:
         self._try("grown")
         steps = self.e.control_steps
         rate = self.results["base"].arm.learning_rate if "base" in self.results else GRIDS["grown"][1]
-        self._submit(Arm("control", "control", rate, (steps // 4, steps // 2, steps)))
+        self._submit(Arm("control", "control", rate, (steps // 2, steps)))
 
     def _tuned(self, what: str, rate: float) -> None:
         """Start the runs whose learning rate is known now."""
@@ -313,11 +320,11 @@ class Scheduler:
         if what == "base":
             self._submit(Arm("base", "base", rate, (self.e.base_steps,)))
         elif what == "scratch":
-            self._submit(Arm("scratch", "scratch", rate, (steps // 2, steps, 2 * steps)))
+            self._submit(Arm("scratch", "scratch", rate, (steps // 2, steps, self.e.longest_scratch)))
         else:
             rungs = (steps // 4, steps // 2, steps)
             self._submit(Arm("carried", "grown", rate, rungs))
-            self._submit(Arm("fresh", "grown", rate, rungs, state_policy="reset"))
+            self._submit(Arm("fresh", "grown", rate, (steps // 2, steps), state_policy="reset"))
 
     def _listen(self) -> None:
         """Move the bar by what the workers say that they have done."""

@@ -110,14 +110,7 @@ def verdict(report: dict[str, Any]) -> list[str]:
     grown, scratch, control = arms["carried"], arms["scratch"], arms["control"]
     tokens, target = report["equal_tokens"], report["scratch_loss_at_equal_tokens"]
     lines = [_against_scratch(grown, target, tokens)]
-    with_base = grown.get("speedup_with_base_cost")
-    if with_base:
-        factor = f"{'' if with_base['relation'] == '=' else with_base['relation'] + ' '}{with_base['value']:.2f}"
-        said = "still pays" if with_base["value"] > 1 else "no longer pays"
-        lines.append(
-            f"With the base's own compute counted, growing {said}: scratch needs {factor} times the compute of base and "
-            "growth together for the same loss."
-        )
+    lines += _with_the_base(grown.get("speedup_with_base_cost"))
     gap = control["eval_loss"]["source"] - grown["eval_loss"]["source"]
     ahead = "ahead of" if gap > 0 else "behind"
     tie = f", less than the {NOISE} by which seeds differ" if abs(gap) < NOISE else ""
@@ -141,6 +134,20 @@ def verdict(report: dict[str, Any]) -> list[str]:
         f"On the other held-out domain the grown model is {abs(docs):.3f} nats {'ahead of' if docs > 0 else 'behind'} scratch."
     )
     return lines
+
+
+def _with_the_base(found: dict[str, Any] | None) -> list[str]:
+    """What growing is worth when the base's own compute is counted, where that is known."""
+    if found is None:
+        return []
+    bound = {"=": "", "<=": "at most ", ">=": "at least "}[found["relation"]]
+    needs = (
+        f"scratch needs {bound}{found['value']:.2f} times the compute of base and growth together for the same loss."
+    )
+    if (found["value"] > 1 and found["relation"] != "<=") or (found["value"] < 1 and found["relation"] != ">="):
+        said = "still pays" if found["value"] > 1 else "does not pay"
+        return [f"With the base's own compute counted, growing {said} against scratch: {needs}"]
+    return [f"With the base's own compute counted the ladder does not decide: {needs}"]
 
 
 def _against_scratch(grown: dict[str, Any], target: float, tokens: int) -> str:
