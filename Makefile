@@ -9,16 +9,13 @@ BIN = $(VENV)/bin
 TORCH ?= torch==2.13.0
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test test-slow style quality clean
+.PHONY: demo test style quality clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/quickstart.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q
-
-test-slow: $(STAMP)
-	$(BIN)/python -m pytest -q -m "slow or distributed"
 
 style: $(STAMP)
 	$(BIN)/ruff check --fix hf_warmstart tests examples benchmarks
