@@ -69,6 +69,8 @@ def test_a_block_of_rows_can_be_drawn_alone():
         alone = random.block_generator(3, "noise", "w", index).standard_normal(size, dtype="float32")
         assert torch.equal(whole[rows], torch.as_tensor(alone))
     assert index > 1
+    first, second = list(random.row_blocks(shape))[:2]
+    assert not torch.equal(whole[first], whole[second]), "each block has numbers of its own"
 
 
 def test_draws_are_the_same_on_every_machine():
