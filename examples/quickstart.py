@@ -7,8 +7,8 @@ A small Llama-style parent is trained with AdamW, grown about twofold, and conti
 run: the same with a fresh state; a model of the child's size from scratch, at several budgets; and the parent itself,
 not grown, continued for the same compute. Fair by construction: every run sees the same stream of new data in the same
 order (block k of a stream depends on the seed alone), with the same batch, the same warm-up, plateau and decay, and
-every loss that is compared comes from a decayed run. Learning rates are tuned by the same short trials for parent, scratch
-and grown model; the parent that continues keeps its own. Losses are compared on held-out files.
+every loss that is compared comes from a decayed run. Learning rates are tuned by the same short trials for parent, scratch,
+grown model and the parent that continues. Losses are compared on held-out files.
 
 Left behind: the grown model with its card, `curves.png` and `report.json` (see `docs/tokens-to-loss.md`).
 """
@@ -41,10 +41,11 @@ from hf_warmstart.hub import save_grown
 LENGTH, BATCH, VOCABULARY = 128, 16, 1024
 # Learning rates that are tried first; where the best is the lowest or highest, one beyond it is tried as well.
 GRIDS = {"base": (4e-3, 8e-3, 16e-3), "scratch": (2e-3, 4e-3, 8e-3), "grown": (1e-3, 2e-3, 4e-3)}
+GRIDS["control"] = GRIDS["grown"]
 WARMUP, DECAY = 20, 0.2
 BASE_STEPS, STEPS = 2000, 500
 # Short runs prefer rates that are too low for longer ones, so trials are half as long as what they tune.
-TRIAL_STEPS = {"base": 150, "scratch": 250, "grown": 250}
+TRIAL_STEPS = {"base": 150, "scratch": 250, "grown": 250}  # the control: as many FLOPs as the grown model
 EVALUATED_BLOCKS = 96
 PARENT = {
     "vocab_size": VOCABULARY,
@@ -194,6 +195,12 @@ class Experiment:
         """Steps in which the parent spends the compute of the grown arm."""
         return round(self.steps * self.flops[1] / self.flops[0])
 
+    def trial_length(self, what: str) -> int:
+        """Steps of a trial; the control's cost what the grown model's cost."""
+        if what == "control":
+            return round(self.trial_steps["grown"] * self.flops[1] / self.flops[0])
+        return self.trial_steps[what]
+
     @property
     def longest_scratch(self) -> int:
         """Steps of the longest run from scratch: the compute of base and growth together, where that is known."""
@@ -214,7 +221,7 @@ class Experiment:
             "seed": self.options.seed,
             "quick": self.options.quick,
             "learning_rate_trials": {
-                "steps": self.trial_steps,
+                "steps": {what: self.trial_length(what) for what in self.grids},
                 "loss": {
                     kind: {f"{rate:g}": loss for rate, loss in found.items()} for kind, found in self.trials.items()
                 },
@@ -248,10 +255,14 @@ class Scheduler:
         self.results: dict[str, Result] = {}
         self.parent = experiment.options.model or ""
         e = experiment
-        trials = {what: len(e.grids[what]) * steps for what, steps in e.trial_steps.items()}
+        trials = {what: len(grid) * e.trial_length(what) for what, grid in e.grids.items()}
         ladder = e.longest_scratch + DECAY * 1.5 * e.steps + trials["scratch"]
         grown = 2 * e.steps + DECAY * 1.25 * e.steps + trials["grown"]
-        small = e.control_steps * (1 + DECAY / 2) + (0 if self.parent else e.base_steps + trials["base"])
+        small = (
+            e.control_steps * (1 + DECAY / 2)
+            + trials["control"]
+            + (0 if self.parent else e.base_steps + trials["base"])
+        )
         self.total = e.flops[1] * (ladder + grown) + e.flops[0] * small
         self.task = progress.add_task("training", total=self.total)
 
@@ -281,7 +292,7 @@ class Scheduler:
 
     def _trial(self, what: str, rate: float) -> None:
         kind = "base trial" if what == "base" else what
-        self._submit(Arm(f"{what} trial {rate:g}", kind, rate, (self.e.trial_steps[what],)), evaluations=0)
+        self._submit(Arm(f"{what} trial {rate:g}", kind, rate, (self.e.trial_length(what),)), evaluations=0)
 
     def _finished(self, arm: Arm, result: Result) -> None:
         if " trial " in arm.name:
@@ -310,9 +321,7 @@ class Scheduler:
 
     def _with_parent(self) -> None:
         self._try("grown")
-        steps = self.e.control_steps
-        rate = self.results["base"].arm.learning_rate if "base" in self.results else GRIDS["grown"][1]
-        self._submit(Arm("control", "control", rate, (steps // 2, steps)))
+        self._try("control")
 
     def _tuned(self, what: str, rate: float) -> None:
         """Start the runs whose learning rate is known now."""
@@ -321,6 +330,8 @@ class Scheduler:
             self._submit(Arm("base", "base", rate, (self.e.base_steps,)))
         elif what == "scratch":
             self._submit(Arm("scratch", "scratch", rate, (steps // 2, steps, self.e.longest_scratch)))
+        elif what == "control":
+            self._submit(Arm("control", "control", rate, (self.e.control_steps // 2, self.e.control_steps)))
         else:
             rungs = (steps // 4, steps // 2, steps)
             self._submit(Arm("carried", "grown", rate, rungs))

@@ -262,6 +262,13 @@ class Watch(TrainerCallback):
         self.curve: list[tuple[int, float]] = []
         self.saved: dict[int, Path] = {}
 
+    def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
+        # Resuming restores the checkpoint's rate over `args.learning_rate`: a control would keep its base's, untuned.
+        lr_scheduler.base_lrs = [self.arm.learning_rate for _ in lr_scheduler.base_lrs]
+        factors = [rate(lr_scheduler.last_epoch) for rate in lr_scheduler.lr_lambdas]
+        for group, factor in zip(optimizer.param_groups, factors, strict=True):
+            group["initial_lr"], group["lr"] = self.arm.learning_rate, self.arm.learning_rate * factor
+
     def on_step_end(self, args, state, control, **kwargs):
         step = state.global_step - self.before
         if step in self.saves:

@@ -165,6 +165,7 @@ def _against_scratch(grown: dict[str, Any], target: float, tokens: int) -> str:
 
 def plot(report: dict[str, Any], path: Path) -> None:
     """Held-out loss against new tokens: thin lines before the decay, marks where a decayed run ends."""
+    diamonds = False
     figure, axes = plt.subplots(figsize=(8.5, 5), layout="constrained")
     for name, arm in report["arms"].items():
         colour = COLOURS[name]
@@ -174,6 +175,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         axes.plot(*zip(*ends, strict=True), color=colour, marker="o", markersize=5, label=arm["label"], linewidth=1.8)
         reached = arm["tokens_to_scratch_loss"]
         if reached.get("relation") == "=" and name != "scratch":
+            diamonds = True
             axes.plot(
                 reached["value"],
                 report["scratch_loss_at_equal_tokens"],
@@ -205,7 +207,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
     axes.set_xlim(min(firsts) * 0.6, max(lasts) * 1.25)
     axes.set_xlabel("new tokens (since the growth, or from the start)")
     axes.set_ylabel("held-out loss (nats per token)")
-    axes.set_title("Dots: decayed runs. Faint: before the decay. Diamonds: tokens to scratch's loss.", fontsize=10)
+    title = "Dots: decayed runs. Faint: before the decay."
+    axes.set_title(title + (" Diamonds: tokens to scratch's loss." if diamonds else ""), fontsize=10)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)

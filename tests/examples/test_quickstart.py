@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -74,7 +75,24 @@ def test_the_report_follows_from_its_own_numbers(left):
         expected = tokens_to_loss(ladder, arm["eval_loss"]["source"])
         assert found == expected.to_dict(), name
         assert arm["speedup"] == speedup(expected, report["flops_per_token"]["child"], arm["flops"]).to_dict()
-    assert report["learning_rate_trials"]["loss"]["scratch"] and report["learning_rate_trials"]["loss"]["grown"]
+    trials = report["learning_rate_trials"]["loss"]
+    for family, name in (("scratch", "scratch"), ("grown", "carried"), ("control", "control")):
+        assert arms[name]["learning_rate"] == float(min(trials[family], key=trials[family].get)), family
+
+
+def test_a_resumed_run_trains_at_its_own_learning_rate(monkeypatch):
+    """Stock resuming keeps the checkpoint's rate, which would leave the control untuned."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from quickstart_arms import Arm, Watch
+
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=8e-3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    watch = Watch(Arm("control", "control", 1e-3, (10,)), 0, 0, set())
+    watch.on_train_begin(None, None, None, optimizer=optimizer, lr_scheduler=scheduler)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(5e-4)
+    optimizer.step()
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(5e-4)
 
 
 @pytest.mark.parametrize(
