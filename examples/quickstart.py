@@ -178,6 +178,10 @@ class Experiment:
         self.train_tokens = data["train"].numel()
         self.console.print(f"[bold]{self.corpus.name}[/bold], {self.train_tokens:,} tokens to learn from")
         self.console.print(str(plan), highlight=False)
+        if options.model and not self.setup(options.model, 0).carries:
+            self.console.print(
+                f"{options.model} holds no optimizer.pt and scheduler.pt: the grown model starts with a fresh state"
+            )
         return plan
 
     def setup(self, parent: str, evaluations: int) -> Setup:
@@ -219,6 +223,7 @@ class Experiment:
             "warmup_steps": WARMUP,
             "decay_share": DECAY,
             "seed": self.options.seed,
+            "state_carried": not self.options.model or self.setup(self.options.model, 0).carries,
             "quick": self.options.quick,
             "learning_rate_trials": {
                 "steps": {what: self.trial_length(what) for what in self.grids},

@@ -24,6 +24,7 @@ NOISE = 0.02
 COLOURS = {"carried": "#0072B2", "fresh": "#56B4E9", "scratch": "#D55E00", "control": "#009E73"}
 LABELS = {
     "carried": "grown, state carried",
+    "no state": "grown, no state to carry",
     "fresh": "grown, fresh state",
     "scratch": "from scratch, tuned",
     "control": "not grown, equal FLOPs",
@@ -59,7 +60,7 @@ def make_report(results: dict[str, Result], steps: int, costs: Costs, facts: dic
         last = steps if name == "scratch" else result.arm.rungs[-1]
         flops = costs.flops(name, last)
         arm: dict[str, Any] = {
-            "label": LABELS[name],
+            "label": LABELS[name if facts["state_carried"] or name != "carried" else "no state"],
             "learning_rate": result.arm.learning_rate,
             "new_tokens": last * costs.tokens_per_step,
             "flops": flops,
@@ -120,15 +121,17 @@ def verdict(report: dict[str, Any]) -> list[str]:
     )
     if gap < NOISE:
         lines.append(
-            "Against that control growing did not pay here: the parent still learns from more tokens as fast as the larger "
-            "model does from fewer. Growth pays once the parent's own curve is flat; train the parent longer, or grow for a "
-            "larger budget."
+            "Against that control growing did not pay here. It is expected to once the parent's own curve is flat: train the "
+            "parent longer, or grow for a larger budget."
         )
-    other = arms["fresh"]["eval_loss"]["source"] - grown["eval_loss"]["source"]
-    lines.append(
-        f"Carrying the optimizer's state left the loss {abs(other):.3f} nats {'lower' if other > 0 else 'higher'} than "
-        "starting with a fresh one."
-    )
+    if report["state_carried"]:
+        other = arms["fresh"]["eval_loss"]["source"] - grown["eval_loss"]["source"]
+        lines.append(
+            f"Carrying the optimizer's state left the loss {abs(other):.3f} nats {'lower' if other > 0 else 'higher'} than "
+            "starting with a fresh one."
+        )
+    else:
+        lines.append("The parent brought no optimizer state, so both grown arms started with a fresh one.")
     docs = scratch["eval_loss"]["docs"] - grown["eval_loss"]["docs"]
     lines.append(
         f"On the other held-out domain the grown model is {abs(docs):.3f} nats {'ahead of' if docs > 0 else 'behind'} scratch."
