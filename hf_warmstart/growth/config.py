@@ -17,6 +17,8 @@ from ..version import __version__
 from .operators import DEPTH_OPERATORS, WIDTH_OPERATORS, OperatorOptions
 
 CONFIG_NAME = "growth_config.json"
+# What a config says about files and runs, not about the model.
+_NOT_COMPARED = {"_name_or_path", "transformers_version", "dtype", "use_cache", "return_dict"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class GrowthConfig:
 
     def __post_init__(self) -> None:
         if self.target_config is not None:
-            object.__setattr__(self, "target_config", _sizes_of(self.target_config))
+            object.__setattr__(self, "target_config", _scalars(self.target_config))
         problems = [
             f"{name}={value!r} must be a number of at least 1"
             for name in ("width", "depth", "growth_factor")
@@ -149,14 +151,10 @@ class GrowthConfig:
         return made
 
 
-def _sizes_of(target: PreTrainedConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of a target config, and its type: all that a growth reads of it, and no path."""
+def _scalars(target: PreTrainedConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers, switches and names of a target config: what a growth compares, and no path."""
     data = target.to_dict() if isinstance(target, PreTrainedConfig) else target
-    return {
-        name: value
-        for name, value in data.items()
-        if name == "model_type" or (isinstance(value, int) and not isinstance(value, bool))
-    }
+    return {n: v for n, v in data.items() if n not in _NOT_COMPARED and isinstance(v, (bool, int, float, str))}
 
 
 def _is_number(value: object) -> bool:

@@ -16,7 +16,7 @@ from ..errors import SizeError, WarmstartError
 from .maps import LayerMap
 
 # Attributes that count layers from the bottom; they follow the layer map as thresholds do.
-_LAYER_THRESHOLDS = ("max_window_layers", "first_k_dense_replace")
+LAYER_THRESHOLDS = ("max_window_layers", "first_k_dense_replace")
 
 
 def config_dtype(config: PreTrainedConfig) -> torch.dtype | None:
@@ -66,7 +66,7 @@ def resize_config(
         data[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = layer_map.after
         for name in lists:
             data[name] = layer_map.carry(data[name])
-        for name in _LAYER_THRESHOLDS:
+        for name in LAYER_THRESHOLDS:
             if isinstance(data.get(name), int):
                 # As many layers lie below the threshold as copy a layer that lay below it.
                 below = sum(source < data[name] for source in layer_map.source)

@@ -19,7 +19,7 @@ from ..errors import SizeError, WarmstartError
 from ..version import __version__
 from .axes import SCALE
 from .config import GrowthConfig
-from .configs import config_dtype, resize_config
+from .configs import LAYER_THRESHOLDS, config_dtype, resize_config
 from .fresh import Recipe, recipes
 from .layout import WIDENED, Layout
 from .layouts import derive_layout
@@ -267,6 +267,7 @@ def make_plan(
                 f"{asked.depth_operator} made {layer_map.after} layers where {target.layers} were asked for."
             )
     grown_config = _grown_config(model_class, layout, config, target, layer_map)
+    _check_target_config(asked, grown_config)
     if layout.embedding_scale:
         scale = 1.0
         if before["residual"] != target.spaces["residual"] and operator.shrink(asked.options) is None:
@@ -295,6 +296,21 @@ def _grown_config(
         if not layout.wrong_shapes(meta_shapes(model_class, left), target.spaces):
             return left
     return resize_config(config, attributes, layers)
+
+
+def _check_target_config(asked: GrowthConfig, grown: PreTrainedConfig) -> None:
+    """All that a target config says holds for the child: what no growth changes is refused, not dropped."""
+    made, own = grown.to_dict(), grown.attribute_map
+    given = {own.get(name, name) for name in asked.sizes} | set(LAYER_THRESHOLDS)
+    wanted = {own.get(name, name): value for name, value in (asked.target_config or {}).items()}
+    different = [
+        f"{n}={v!r} (stays {made.get(n)!r})" for n, v in wanted.items() if n not in given and made.get(n) != v
+    ]
+    if different:
+        raise SizeError(
+            f"The target config asks for what a growth does not change: {', '.join(sorted(different))}. Give it the parent's "
+            "values, or pass sizes={...} by name."
+        )
 
 
 def _check_target_shapes(plan: GrowthPlan) -> None:

@@ -174,3 +174,12 @@ def test_families_that_nobody_declared_derive_and_are_certified(family):
     own = {"head_dim": 16} if family in ("gemma3_text", "helium") else {}
     config = AutoConfig.for_model(family, **sizes, **own, pad_token_id=None, bos_token_id=1, eos_token_id=2)
     assert certify(config, width=2, width_operator="uneven_copy").exact
+
+
+@pytest.mark.parametrize(
+    "changes", [{"hidden_act": "relu"}, {"rms_norm_eps": 1e-3}, {"attention_bias": True}, {"bos_token_id": 7}]
+)
+def test_a_target_config_that_asks_for_more_than_sizes_is_refused_by_name(changes):
+    target = tiny_config("llama", hidden_size=128, num_attention_heads=8, num_key_value_heads=4, **changes)
+    with pytest.raises(SizeError, match=next(iter(changes))):
+        grow(tiny_model("llama"), target)
