@@ -60,7 +60,7 @@ def read_parent_state(
             f"warmstart_from={str(folder)!r} is no folder. Pass the parent's checkpoint, such as runs/base/checkpoint-500."
         )
     missing = [name for name in ("config.json", TRAINER_STATE_NAME) if not (folder / name).is_file()]
-    if (folder / "latest").is_file() or any(folder.glob("global_step*")):
+    if optimizer and ((folder / "latest").is_file() or any(folder.glob("global_step*"))):
         raise StateError(
             f"{folder.name} is a DeepSpeed checkpoint, whose state is cut into flat partitions. Convert it to a whole "
             "state first (zero_to_fp32.py in the folder gives the weights), and pass state_policy='reset'."

@@ -122,12 +122,11 @@ class WarmstartTrainer(Trainer):
             scheduler=policy == "continue",
         )
         plan = self._plan(state.config)
-        child = {name: [before, after] for name, (before, after) in plan.changes.items()}
         recorded = _last_record(self.model).changes
-        if child != recorded:
+        if plan.changes != recorded:
             raise StateError(
                 f"The checkpoint {Path(folder).name} is not of this model's parent: growing its config "
-                f"changes {child}, the model's record says {recorded}. Pass the checkpoint that was grown."
+                f"changes {plan.changes}, the model's record says {recorded}. Pass the checkpoint that was grown."
             )
         grown = grow_optimizer_state(state.optimizer, plan)["state"] if state.optimizer is not None else None
         self.parent_state = state

@@ -227,3 +227,12 @@ def test_the_trainers_card_tells_of_the_growth_and_of_the_last_evaluation(base, 
     assert card.data.license == "mit" and "perturbed_copy" in card.data.tags
     loss = trainer.state.log_history[-2]["eval_loss"]
     assert "eval_loss" in card.text and f"{loss:.4g}"[:4] in card.text
+
+
+def test_a_deepspeed_checkpoint_is_refused_for_its_state_and_the_named_way_out_works(base, tmp_path):
+    checkpoint = _broken(base, tmp_path, "optimizer.pt")
+    (checkpoint / "latest").write_text("global_step20")
+    with pytest.raises(StateError, match=r"DeepSpeed.*state_policy='reset'"):
+        _start(base, checkpoint, tmp_path / "refused")
+    assert _nothing_written(tmp_path / "refused")
+    _start(base, checkpoint, tmp_path / "out", state_policy="reset")
