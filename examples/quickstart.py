@@ -141,8 +141,7 @@ class Experiment:
                 stop.set()
         costs = Costs(
             BATCH * self.length,
-            flops_per_token(plan.source_config, self.length),
-            flops_per_token(plan.target_config, self.length),
+            *self.flops,
             None if self.options.model else self.base_steps * BATCH * self.length * self.flops[0],
         )
         report = make_report(results, self.steps, costs, self._facts(plan))

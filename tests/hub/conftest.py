@@ -7,28 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from huggingface_hub import constants
-from minihub import MiniHub
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from hf_warmstart import Certificate, grow
+
+from ..models import tiny_model
+from .minihub import MiniHub
 
 
 @pytest.fixture(scope="session")
 def _parent() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_hidden_layers=2,
-        vocab_size=99,
-        max_position_embeddings=64,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return LlamaForCausalLM(config).eval()
+    return tiny_model("llama", randomised=False, hidden_size=32, head_dim=8, intermediate_size=48, vocab_size=99)
 
 
 @pytest.fixture

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from minihub import MiniHub
 from transformers import AutoModelForCausalLM
 
 import hf_warmstart.hub.save
 from hf_warmstart import Certificate, WarmstartError, grow, push_to_hub
 from hf_warmstart.growth.plan import RECORD_KEY
 from hf_warmstart.hub import save_grown
+
+from .minihub import MiniHub
 
 FILES = ["README.md", "config.json", "generation_config.json", "growth.json", "model.safetensors"]
 IDS = torch.arange(12).reshape(1, 12)

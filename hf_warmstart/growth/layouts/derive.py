@@ -107,8 +107,8 @@ class _Derivation:
         self.labels: Labels = measure_labels(model_class, config)
         self.facts = declared(config.model_type)
         self.prefix, self.layers = self._stack()
-        torch_ids = torch.arange(12).reshape(1, -1) % config.vocab_size
-        self.flow: Flow = trace(self.model, self.layers, {"input_ids": torch_ids})
+        ids = torch.arange(12).reshape(1, -1) % config.vocab_size
+        self.flow: Flow = trace(self.model, self.layers, {"input_ids": ids})
         self.modules = dict(self.model.named_modules())
         self.ties = dict(self.model.all_tied_weights_keys)
         # Where heads move without the width, shapes alone tell their axes from the residual stream's.
@@ -166,9 +166,7 @@ class _Derivation:
             "vocab": ("vocab_size",),
             "positions": ("max_position_embeddings",),
         }
-        used = {space for tensor in tensors.values() for axis in tensor.axes for space in axis.spaces()} - {
-            "embedding_scale"
-        }
+        used = {space for tensor in tensors.values() for axis in tensor.axes for space in axis.spaces()}
         return {
             name: SpaceInfo(
                 kinds.get(name, "routed" if self._routes(name) else "elementwise"), attributes.get(name, (name,))
