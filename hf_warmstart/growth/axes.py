@@ -12,6 +12,7 @@ from the maps of the spaces, so that fused projections, grouped queries and tied
 | `Prenorm(a)` | what a norm over *all* of `a` reads, when no linear map follows (q/k norms) | copies that keep the RMS |
 | `Postnorm(a)` | what a norm makes of `a` | as `a`, mean channels gone |
 | `Dual(a)` | what is read by a matrix that was written into `a`: a tied head's input | `W` and `R` swapped |
+| `Query(a)` | the side of a product whose new coordinates are zero (the other side's are fresh) | as `a` |
 | `Scaled(a)` | `a` as written by an embedding whose output the model multiplies by a function of the width | rescaled |
 | `Gain(reads, makes)` | the gain of a norm from `reads` to `makes` | `u / t` forward, its dual backward |
 
@@ -70,6 +71,8 @@ class Space(Axis):
         return sizes[self.name]
 
     def map(self, maps):
+        if self.name not in maps:
+            raise LayoutError(f"The map of {self.name} is not defined on its own in this growth.")
         return maps[self.name]
 
     def to_data(self):
@@ -142,7 +145,16 @@ class Product(_Nary):
         return math.prod(axis.size(sizes) for axis in self.axes)
 
     def map(self, maps):
-        return SpaceMap.kronecker([axis.map(maps) for axis in self.axes])
+        parts: list[SpaceMap] = []
+        axes = list(self.axes)
+        while axes:
+            pair = tuple(axis.name for axis in axes[:2] if isinstance(axis, Space))
+            if len(pair) == 2 and pair in maps:
+                parts.append(maps[pair])  # heads that were grouped anew: their number stays
+                axes = axes[2:]
+            else:
+                parts.append(axes.pop(0).map(maps))
+        return SpaceMap.kronecker(parts)
 
 
 class _Unary(_Nary):
@@ -184,6 +196,13 @@ class Dual(_Unary):
 
     def map(self, maps):
         return self.axis.map(maps).dual()
+
+
+class Query(_Unary):
+    """The side of a contracted space whose new coordinates are silent: queries meet fresh keys with zeros."""
+
+    def map(self, maps):
+        return replace(self.axis.map(maps), silent="write")
 
 
 class Scaled(_Unary):
@@ -237,18 +256,19 @@ class _Filled(Mapping):
 
 
 _FORMS: dict[str, Callable[..., Axis]] = {
-    cls.__name__.lower(): cls for cls in (Concat, Product, Prenorm, Postnorm, Dual, Scaled, Gain)
+    cls.__name__.lower(): cls for cls in (Concat, Product, Prenorm, Postnorm, Dual, Query, Scaled, Gain)
 }
 
 
-def axis_from_data(data: str | int | list) -> Axis:
+def axis_from_data(data: str | int | list | tuple) -> Axis:
     """Read an axis that `to_data` wrote: a space's name, a length, or `[form, part, ...]`."""
     if isinstance(data, str):
         return Space(data)
     if isinstance(data, int):
         return Fixed(data)
-    if not data or data[0] not in _FORMS:
+    form = {"cat": "concat", "prod": "product"}.get(data[0], data[0]) if data else ""
+    if form not in _FORMS:
         raise LayoutError(
             f"{data!r} is no axis: expected a name, a length or [form, ...] with form in {sorted(_FORMS)}."
         )
-    return _FORMS[data[0]](*(axis_from_data(part) for part in data[1:]))
+    return _FORMS[form](*(axis_from_data(part) for part in data[1:]))

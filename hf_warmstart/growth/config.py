@@ -27,11 +27,13 @@ class GrowthConfig:
 
     Args:
         width (`float`, *optional*): multiplies the residual stream, MLP units, query heads and key/value heads (one
-            key/value head stays one). Vocabulary, positions, `head_dim` and experts keep their size.
+            key/value head stays one). Vocabulary, positions, `head_dim` and experts keep their size; models whose heads are
+            counted by a table of constants (ALiBi) grow `head_dim` instead of heads.
         depth (`float`, *optional*): multiplies the number of layers.
         growth_factor (`float`, *optional*): multiplies the total number of parameters; the sizes are solved for.
         sizes (`dict[str, int]`, *optional*): config attributes by their transformers names, such as
-            `{"hidden_size": 768}`. They go before `width` and `depth`.
+            `{"hidden_size": 768}`; those of a part by their path (`"text_config.hidden_size"`) where the name alone is not
+            clear. They go before `width` and `depth`; what is not named keeps its size.
         target_config (`PreTrainedConfig` or `dict`, *optional*): a config of the grown model; its sizes are taken.
         width_operator (`str`, defaults to `"perturbed_copy"`): one of `exact_copy`, `perturbed_copy`, `uneven_copy`,
             `reference_slice`, `szp`.

@@ -43,12 +43,12 @@ def coordinate_factors(plan: GrowthPlan) -> dict[str, Factors]:
         WarmstartError: some tensor's factor varies inside it (uneven copies, slices, noise) or layers are new, so that
             the parent cannot be followed; all such tensors are named.
     """
-    if not plan.layer_map.is_identity:
+    if plan.deepens:
         raise WarmstartError("New layers have no counterpart in the parent's coordinates. Grow in width only.")
     factors, varying = {}, []
     for name in plan.names:
         growth = plan.tensor(name)
-        weight = gradient = copies = 1.0
+        weight, gradient, copies = growth.factor, 1 / growth.factor, 1.0
         constant = growth.noise == 0 and growth.shrink is None
         for axis_map, role in zip(growth.maps, growth.layout.roles, strict=True):
             out, back = (axis_map.write, axis_map.read) if role == "write" else (axis_map.read, axis_map.write)

@@ -9,8 +9,9 @@ nothing about it is known here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,11 +19,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import WarmstartError
 from . import random
 
 _DRAWS = {"normal_", "uniform_"}
 _CONSTANTS = {"zero_", "fill_", "ones", "zeros", "full", "empty", "new_ones", "new_zeros", "ones_like", "zeros_like"}
+_FOLLOWED = (
+    _DRAWS
+    | _CONSTANTS
+    | {"mul_", "div_", "add_", "sub_", "clamp_", "neg_", "abs_", "exp_", "sqrt_", "erfinv_", "log_"}
+)
 _CREATES = _CONSTANTS - {"zero_", "fill_"}
 
 
@@ -41,9 +46,12 @@ class Recipe:
 
     shape: tuple[int, ...]
     steps: list[Step] = field(default_factory=list)
+    computed: Callable[[], Tensor] | None = None
 
     def make(self, seed: int, name: str) -> Tensor:
         """The tensor (float32, `shape`) for a seed; equal recipes, seeds and names give equal bits."""
+        if self.computed is not None:
+            return self.computed().detach().float().clone()
         out = torch.zeros(self.shape, dtype=torch.float32)
         for number, step in enumerate(self.steps):
             target = out if step.view is None else out.as_strided(*step.view)
@@ -117,10 +125,20 @@ def recipes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Map
                 model.get_submodule(module_name), leaf, torch.nn.Parameter(torch.empty_like(model.get_parameter(name)))
             )
         model.initialize_weights()
-    made = {}
+    made: dict[str, Recipe] = {}
+    build = cache(lambda: _as_built(model_class, config))
     for name, tensor in model.state_dict(keep_vars=True).items():
         steps = recorder.steps.get(tensor.untyped_storage()._cdata)
-        if steps is None:
-            raise WarmstartError(f"{model_class.__name__} initialises {name} in a way that could not be followed.")
-        made[name] = Recipe(tuple(tensor.shape), steps)
+        if steps is None or not {step.name for step in steps} <= _FOLLOWED:
+            # Computed from other numbers (a state-space model's decays): as the class makes it.
+            made[name] = Recipe(tuple(tensor.shape), computed=lambda name=name: build()[name])  # type: ignore[misc]
+        else:
+            made[name] = Recipe(tuple(tensor.shape), steps)
     return made
+
+
+def _as_built(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Mapping[str, Tensor]:
+    """The tensors of a model as its class makes them, under a fixed seed; the global random state is untouched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return model_class(config).state_dict()

@@ -2,28 +2,42 @@
 
 A `Layout` is plain data keyed by state-dict name, with `{i}` for the layer: nothing is stored on modules or
 parameters. It says for each tensor the expression of each axis and whether the axis *writes* its space (rows of a
-projection, columns of an embedding) or *reads* it (columns of a projection), and for the model its spaces, the config
-attributes that size them, its ties, its stack of layers and the tensors that end a residual branch.
+projection, columns of an embedding) or *reads* it (columns of a projection), and for the model its spaces, how config
+attributes size them, its ties, its stacks of layers and the tensors that end a residual branch.
+
+Sizes follow attributes by *moves*, measured on the small config that the layout was derived from: multiplying some
+attributes by powers of two multiplies some spaces by powers of two. What makes a space 1.5 times as large, and what the
+size of a space is under other attributes, are then linear systems in logarithms.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import numpy as np
 from transformers import PreTrainedConfig
 
 from ..errors import LayoutError
-from .axes import Axis, Space, axis_from_data
+from .axes import Axis, axis_from_data
+from .configs import get_attribute, layer_tag
 
 Role = Literal["write", "read"]
-Kind = Literal["rms_normed", "layer_normed", "linear", "elementwise", "heads", "fixed", "indexed", "routed"]
+Kind = Literal[
+    "rms_normed", "layer_normed", "whole", "linear", "elementwise", "heads", "contracted", "rotary", "fixed", "indexed",
+    "experts", "layers",
+]  # fmt: skip
 
-# Kinds that `width` multiplies. Vocabulary, positions, experts and head_dim keep their size.
-WIDENED: tuple[Kind, ...] = ("rms_normed", "layer_normed", "linear", "elementwise", "heads")
+# Kinds whose spaces can grow by an operator's map.
+WIDENED: tuple[Kind, ...] = (
+    "rms_normed", "layer_normed", "whole", "linear", "elementwise", "heads", "contracted", "rotary", "indexed", "experts",
+)  # fmt: skip
+NEAR_ZERO = 1e-6
 
 
 @dataclass(frozen=True)
@@ -34,28 +48,81 @@ class TensorLayout:
         axes: one expression for each axis, in the tensor's own order.
         roles: `"write"` or `"read"` for each axis.
         offset: what the forward adds to the tensor before use: 1 for norms that multiply by `1 + weight`, else 0.
+        scale: (move, power) pairs: a number in the forward, by which the tensor's effect is multiplied, grows with these
+            moves; the tensor takes it back.
     """
 
     axes: tuple[Axis, ...]
     roles: tuple[Role, ...]
     offset: float = 0.0
+    scale: tuple[tuple[int, float], ...] = ()
 
     def to_data(self) -> dict:
         data: dict = {"axes": [[role, axis.to_data()] for role, axis in zip(self.roles, self.axes, strict=True)]}
-        return data | ({"offset": self.offset} if self.offset else {})
+        data |= {"offset": self.offset} if self.offset else {}
+        return data | ({"scale": [list(pair) for pair in self.scale]} if self.scale else {})
 
     @classmethod
     def from_data(cls, data: Mapping) -> TensorLayout:
         roles, axes = zip(*data["axes"], strict=True) if data["axes"] else ((), ())
-        return cls(tuple(axis_from_data(axis) for axis in axes), tuple(roles), data.get("offset", 0.0))
+        scale = tuple((number, power) for number, power in data.get("scale", ()))
+        return cls(tuple(axis_from_data(axis) for axis in axes), tuple(roles), data.get("offset", 0.0), scale)
 
 
 @dataclass(frozen=True)
 class SpaceInfo:
-    """What acts on a space, and the config attributes (standard names) that set its size together."""
+    """One space.
+
+    Args:
+        kind: what acts on it, and so which maps it admits.
+        attributes: the config attributes that make it larger, the one that sets it first.
+        size: its size in the small config that the layout was derived from.
+        widens: whether `width` multiplies it.
+        reason: why it cannot grow freely, where it cannot.
+        scale: (move, power) pairs of the number that multiplies the scores of a contracted space.
+        inside: for the inside of rotated heads, an axis of `rotated` and `rest` (see `axes`) and the sizes of these two.
+    """
 
     kind: Kind
     attributes: tuple[str, ...] = ()
+    size: int = 0
+    widens: bool = False
+    reason: str = ""
+    scale: tuple[tuple[int, float], ...] = ()
+    inside: tuple = ()
+
+
+@dataclass(frozen=True)
+class Move:
+    """Attributes that change together and the spaces that follow, as binary logarithms of their factors."""
+
+    attributes: Mapping[str, float]
+    spaces: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A stack of layers.
+
+    Args:
+        prefix: templated prefix of a layer, such as `model.layers.{i}`. attribute: the config attribute that counts them.
+        branch_ends: templated names of the tensors that end a residual branch: zero them and the layer is an identity.
+        post_norms: for layers whose output is a norm of the stream (post-norm), the (gain, bias) of each such norm in
+            order: a new layer is one more norm of what is normed already.
+        gates: templated names of tensors that multiply the stream itself: one in a new layer.
+        reason: why no new layer can be an identity; empty where one can.
+        append: whether new layers must follow all others, since the class computes something from a layer's number.
+        special: whether some layers (a first one with a norm of its own) are not to be copied.
+    """
+
+    prefix: str
+    attribute: str
+    branch_ends: tuple[str, ...] = ()
+    post_norms: tuple[tuple[str, ...], ...] = ()
+    gates: tuple[str, ...] = ()
+    reason: str = ""
+    append: bool = False
+    special: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,77 +132,142 @@ class Layout:
     Args:
         model_type: the config's `model_type`.
         spaces: each space by name.
-        tensors: each parameter and persistent buffer by templated name.
-        layers: the templated prefix of a layer, such as `model.layers.{i}`; empty when the class has no stack.
-        branch_ends: templated names of the tensors that end a residual branch: zero them and the layer is an identity.
+        tensors: each parameter and persistent buffer by templated name; `{i:tag}` where layers of one kind differ.
+        stacks: the stacks of layers; the first is the model's main one.
         ties: tied name -> the name that holds the tensor.
-        embedding_scale: whether the model multiplies embeddings by a function of the width.
+        embedding_scale: the (module, operation, number) that multiplies embeddings by a function of the width, if any.
+        moves: how attributes size spaces. probe: the values of these attributes that `SpaceInfo.size` belongs to.
+        notes: what could not be followed, in words.
+        unresolved: (words, (move, power) pairs) of numbers in the forward that nothing takes back: a growth that changes one
+            is refused.
     """
 
     model_type: str
     spaces: dict[str, SpaceInfo]
     tensors: dict[str, TensorLayout]
-    layers: str = ""
-    branch_ends: tuple[str, ...] = ()
+    stacks: tuple[Stack, ...] = ()
     ties: dict[str, str] = field(default_factory=dict)
-    embedding_scale: bool = False
+    embedding_scale: tuple[str, str, int] | None = None
+    moves: tuple[Move, ...] = ()
+    probe: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    unresolved: tuple[tuple[str, tuple[tuple[int, float], ...]], ...] = ()
 
     # -- names ----------------------------------------------------------------------------------------------------
 
-    def template(self, name: str) -> tuple[str, int | None]:
-        """The templated form of a tensor's name, and the layer's number if it lies in a layer."""
-        if self.layers:
-            prefix, suffix = self.layers.split("{i}")
+    def template(self, name: str) -> tuple[str, Stack | None, int]:
+        """The templated form of a tensor's name; the stack and the layer's number if it lies in a layer (else -1)."""
+        for stack in self.stacks:
+            prefix, suffix = stack.prefix.split("{i}")
             match = re.match(re.escape(prefix) + r"(\d+)(?=\.|$)" + re.escape(suffix), name)
             if match:
-                return self.layers + name[match.end() :], int(match.group(1))
-        return name, None
+                return stack.prefix + name[match.end() :], stack, int(match.group(1))
+        return name, None, -1
 
-    def tensor(self, name: str) -> TensorLayout:
-        """The layout of a tensor by its full name."""
-        template, _ = self.template(name)
+    def key(
+        self,
+        name: str,
+        config: PreTrainedConfig,
+        signatures: Mapping[str, str] | None = None,
+        tags: dict[tuple[str, int], str] | None = None,
+    ) -> str:
+        """The key in `tensors` of a tensor of a model with a config; raises where there is none.
+
+        Where layers of one name differ, a layer is told by being the last, by what the config says of it, or by the names
+        of its tensors (`signatures`, by the layer's prefix). `tags` remembers what the config says.
+        """
+        template, stack, layer = self.template(name)
+        if stack is not None:
+            layers = get_attribute(config, stack.attribute)
+            known: dict[tuple[str, int], str] = {} if tags is None else tags
+            if (stack.attribute, layer) not in known:
+                known[stack.attribute, layer] = layer_tag(config, stack.attribute, layer)
+            tag = known[stack.attribute, layer]
+            signature = (signatures or {}).get(stack.prefix.replace("{i}", str(layer)), "")
+            words = ["last"] * (layer == layers - 1) + [f"@{signature}", tag, f"{tag}@{signature}"]
+            for word in words:
+                tagged = template.replace("{i}", f"{{i:{word}}}")
+                if tagged in self.tensors:
+                    return tagged
         if template not in self.tensors:
             raise LayoutError(f"{name} is not in the layout of {self.model_type}.")
-        return self.tensors[template]
+        return template
 
-    def is_branch_end(self, name: str) -> bool:
-        """Whether a tensor ends a residual branch."""
-        return self.template(name)[0] in self.branch_ends
+    def tensor(self, name: str, config: PreTrainedConfig) -> TensorLayout:
+        """The layout of a tensor by its full name."""
+        return self.tensors[self.key(name, config)]
+
+    def placed(self, config: PreTrainedConfig, names: Iterable[str]) -> dict[str, TensorLayout]:
+        """The layout of all tensors of a model, by full name."""
+        names = list(names)
+        signatures = layer_signatures(names, self.stacks)
+        tags: dict[tuple[str, int], str] = {}
+        return {name: self.tensors[self.key(name, config, signatures, tags)] for name in names}
 
     # -- sizes ----------------------------------------------------------------------------------------------------
 
     def sizes(self, config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-        """The size of every space of one model: heads from its config, all others from its tensors' shapes."""
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        sizes = {"kv_heads": kv_heads, "group": heads // kv_heads, "head_dim": head_dim}
-        for name, shape in shapes.items():
-            for axis, length in zip(self.tensor(name).axes, shape, strict=True):
-                if isinstance(axis, Space):
-                    sizes.setdefault(axis.name, length)
-        self.check_shapes(shapes, sizes)
-        return sizes
-
-    def wrong_shapes(self, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]) -> list[str]:
-        """In words, the tensors that do not have the shape that the layout gives them."""
-        wrong = []
-        for name, shape in shapes.items():
-            expected = tuple(axis.size(sizes) for axis in self.tensor(name).axes)
-            if expected != tuple(shape):
-                wrong.append(f"{name}: has {tuple(shape)}, the layout says {expected}")
-        return wrong
-
-    def check_shapes(self, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]) -> None:
-        """Raise, naming every tensor, unless each has the shape that the layout gives it."""
-        if wrong := self.wrong_shapes(shapes, sizes):
+        """The size of every space of one model, from its tensors' shapes and its config's attributes."""
+        layouts = self.placed(config, shapes)
+        sizes = self.predicted_sizes(config)
+        pending = [
+            (axis, length)
+            for name, shape in shapes.items()
+            for axis, length in zip(layouts[name].axes, shape, strict=True)
+        ]
+        for _ in range(2):  # an axis with one unknown space tells its size
+            for axis, length in pending:
+                unknown = set(axis.spaces()) - set(sizes)
+                if len(unknown) == 1:
+                    name = unknown.pop()
+                    at = [axis.size({**sizes, name: k}) for k in (0, 1)]
+                    if at[1] > at[0] and (length - at[0]) % (at[1] - at[0]) == 0:
+                        sizes[name] = (length - at[0]) // (at[1] - at[0])
+        if missing := sorted(set(self.spaces) - set(sizes)):
+            raise LayoutError(f"The sizes of {missing} in {type(config).__name__} could not be told.")
+        if wrong := self.wrong_shapes(config, shapes, sizes):
             raise LayoutError(
                 f"{len(wrong)} tensors do not have the shape that the layout of {self.model_type} gives them:\n{collect(wrong)}"
             )
+        return sizes
 
-    def space_of_attribute(self, attribute: str) -> str | None:
-        """The space that a config attribute sizes, if any."""
-        return next((name for name, info in self.spaces.items() if attribute in info.attributes), None)
+    def predicted_sizes(self, config: PreTrainedConfig) -> dict[str, int]:
+        """Sizes by the config's attributes alone, of the spaces that they determine."""
+        names = sorted(self.probe)
+        values = {name: get_attribute(config, name) for name in names}
+        logs = {n: math.log2(v / self.probe[n]) for n, v in values.items() if isinstance(v, int) and v > 0}
+        usable = [m for m in self.moves if set(m.attributes) <= set(logs)]
+        matrix = np.array([[m.attributes.get(n, 0.0) for m in usable] for n in logs]).reshape(len(logs), len(usable))
+        steps, *_ = np.linalg.lstsq(matrix, np.array(list(logs.values())), rcond=None)
+        if len(logs) and np.abs(matrix @ steps - np.array(list(logs.values()))).max() > NEAR_ZERO:
+            # Some attribute lies off every move (two that only move together were set apart): trust shapes.
+            reached = np.abs(matrix @ steps - np.array(list(logs.values()))) < NEAR_ZERO
+            off = {n for n, ok in zip(logs, reached, strict=True) if not ok}
+        else:
+            off = set()
+        found = {}
+        for name, info in self.spaces.items():
+            if info.kind == "layers":
+                found[name] = get_attribute(config, info.attributes[0])
+                continue
+            if off & {a for m in self.moves if name in m.spaces for a in m.attributes}:
+                continue
+            size = info.size * 2 ** sum(float(s) * m.spaces.get(name, 0.0) for s, m in zip(steps, usable, strict=True))
+            if abs(size - round(size)) < 1e-4 * size:
+                found[name] = round(size)
+        return found
+
+    def wrong_shapes(
+        self, config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]
+    ) -> list[str]:
+        """In words, the tensors that do not have the shape that the layout gives them."""
+        wrong = []
+        layouts = self.placed(config, shapes)
+        for name, shape in shapes.items():
+            expected = tuple(axis.size(sizes) for axis in layouts[name].axes)
+            if expected != tuple(shape):
+                wrong.append(f"{name}: has {tuple(shape)}, the layout says {expected}")
+        return wrong
 
     # -- plain data -----------------------------------------------------------------------------------------------
 
@@ -146,28 +278,84 @@ class Layout:
     def to_data(self) -> dict:
         return {
             "model_type": self.model_type,
-            "layers": self.layers,
-            "spaces": {n: {"kind": s.kind, "attributes": list(s.attributes)} for n, s in self.spaces.items()},
+            "spaces": {name: _plain(info) for name, info in self.spaces.items()},
+            "stacks": [_plain(stack) for stack in self.stacks],
             "tensors": {name: tensor.to_data() for name, tensor in self.tensors.items()},
-            "branch_ends": list(self.branch_ends),
             "ties": self.ties,
-            "embedding_scale": self.embedding_scale,
+            "embedding_scale": list(self.embedding_scale) if self.embedding_scale else None,
+            "moves": [[dict(m.attributes), dict(m.spaces)] for m in self.moves],
+            "probe": dict(self.probe),
+            "notes": list(self.notes),
+            "unresolved": _lists(self.unresolved),
         }
 
     @classmethod
     def from_data(cls, data: Mapping) -> Layout:
+        spaces = {
+            name: SpaceInfo(
+                **{
+                    **s,
+                    "attributes": tuple(s["attributes"]),
+                    "scale": tuple(map(tuple, s.get("scale", ()))),
+                    "inside": _tuples(s.get("inside", ())),
+                }
+            )
+            for name, s in data["spaces"].items()
+        }
+        stacks = tuple(
+            Stack(
+                **{
+                    **s,
+                    "branch_ends": tuple(s.get("branch_ends", ())),
+                    "post_norms": tuple(map(tuple, s.get("post_norms", ()))),
+                    "gates": tuple(s.get("gates", ())),
+                }
+            )
+            for s in data["stacks"]
+        )
         return cls(
             data["model_type"],
-            {n: SpaceInfo(s["kind"], tuple(s["attributes"])) for n, s in data["spaces"].items()},
+            spaces,
             {name: TensorLayout.from_data(tensor) for name, tensor in data["tensors"].items()},
-            data["layers"],
-            tuple(data["branch_ends"]),
+            stacks,
             dict(data["ties"]),
-            data["embedding_scale"],
+            tuple(data["embedding_scale"]) if data["embedding_scale"] else None,
+            tuple(Move(attributes, moved) for attributes, moved in data["moves"]),
+            dict(data["probe"]),
+            tuple(data["notes"]),
+            _tuples(data["unresolved"]),
         )
 
     def __str__(self) -> str:
         return json.dumps(self.to_data(), indent=1)
+
+
+def layer_signatures(names: Iterable[str], stacks: Iterable[Stack]) -> dict[str, str]:
+    """For each layer (by its prefix), a short digest of the names of its tensors."""
+    suffixes: dict[str, list[str]] = {}
+    for stack in stacks:
+        start, end = (re.escape(part) for part in stack.prefix.split("{i}"))
+        pattern = re.compile(rf"({start}\d+{end})(?=\.|$)(.*)")
+        for name in names:
+            if match := pattern.match(name):
+                suffixes.setdefault(match.group(1), []).append(match.group(2))
+    return {layer: hashlib.sha256("\n".join(sorted(s)).encode()).hexdigest()[:6] for layer, s in suffixes.items()}
+
+
+def _tuples(data):
+    """Nested lists as nested tuples."""
+    return tuple(_tuples(part) for part in data) if isinstance(data, (list, tuple)) else data
+
+
+def _plain(item: SpaceInfo | Stack) -> dict:
+    """A record as plain data, without what is empty."""
+    data = {name: value for name, value in item.__dict__.items() if value or name in ("kind", "attributes")}
+    return {name: _lists(value) for name, value in data.items()}
+
+
+def _lists(data):
+    """Nested tuples as nested lists."""
+    return [_lists(part) for part in data] if isinstance(data, tuple) else data
 
 
 def collect(names: Iterable[str]) -> str:

@@ -11,7 +11,8 @@ of all others so that a LayerNorm's statistics survive (arXiv 2310.07999).
 
 A coordinate without a source must be silent on one side, and on one side only: zero on both is a saddle that no
 gradient leaves. `silent` says which: `"write"` (residual streams: the writers are zero, the readers free) or `"read"`
-(inner spaces: the readers are zero, the writers take a fresh initialisation).
+(inner spaces: the readers are zero, the writers take a fresh initialisation). `"none"`: rows that are appended to a table
+(vocabulary, positions), which nothing old looks up.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from ..errors import WarmstartError
 
-Silent = Literal["write", "read"]
+Silent = Literal["write", "read", "none"]
 
 
 def _column(values: Tensor, axis: int, ndim: int) -> Tensor:

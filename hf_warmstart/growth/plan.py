@@ -15,20 +15,23 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import SizeError, WarmstartError
+from ..errors import LayoutError, SizeError, WarmstartError
 from ..version import __version__
-from .axes import SCALE
+from .axes import SCALE, axis_from_data
 from .config import GrowthConfig
-from .configs import LAYER_THRESHOLDS, config_dtype, resize_config
+from .configs import config_dtype, get_attribute, resize_config
 from .fresh import Recipe, recipes
-from .layout import WIDENED, Layout
-from .layouts import derive_layout
-from .layouts.measure import embedding_multiplier
+from .layerwise import marks
+from .layout import Layout, SpaceInfo, Stack, TensorLayout
+from .layouts import layout_of
+from .layouts.moves import measured_scalar
+from .layouts.probe import probe_config, set_dtype
 from .maps import LayerMap, SpaceMap
-from .operators import DEPTH_OPERATORS, WIDTH_OPERATORS
-from .sizes import TargetSizes, resolve_sizes
+from .operators import DEPTH_OPERATORS, WIDTH_OPERATORS, WidthOperator
+from .operators.base import copy_map, even
+from .sizes import Sizes, TargetSizes, regrouping, resolve_sizes
 from .transform import TensorGrowth
-from .twin import build, meta_shapes
+from .twin import meta_shapes
 
 RECORD_KEY = "warmstart"
 
@@ -84,7 +87,9 @@ class GrowthPlan:
     Args:
         growth_config: what was asked. model_class: the class of parent and child.
         source_config: the parent's config. target_config: the child's.
-        layout: the class's layout. maps: each space's map. layer_map: the stack's map.
+        layout: the class's layout. maps: each space's map. layer_maps: each stack's map, by the attribute that counts it.
+        sizes: every space before and after. steps: how far each of the layout's moves went.
+        shapes: the parent's tensors. target_shapes: the child's.
     """
 
     growth_config: GrowthConfig
@@ -93,34 +98,43 @@ class GrowthPlan:
     target_config: PreTrainedConfig
     layout: Layout
     maps: Mapping[str, SpaceMap]
-    layer_map: LayerMap
+    layer_maps: Mapping[str, LayerMap]
     sizes: tuple[dict[str, int], dict[str, int]]
+    steps: tuple[float, ...]
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
+    target_shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
 
     # -- tensors --------------------------------------------------------------------------------------------------
 
     @cached_property
     def names(self) -> list[str]:
         """Names of the child's tensors (tied ones once), in a fixed order."""
-        found = []
-        for name in self.shapes:
-            template, layer = self.layout.template(name)
-            if layer is None:
-                found.append(name)
-            elif layer == 0:
-                found += [template.replace("{i}", str(k)) for k in range(self.layer_map.after)]
-        return found
+        return list(self.target_shapes)
+
+    @cached_property
+    def placed(self) -> Mapping[str, TensorLayout]:
+        """The layout of each of the child's tensors."""
+        return self.layout.placed(self.target_config, self.target_shapes)
+
+    @property
+    def layer_map(self) -> LayerMap:
+        """The map of the main stack of layers."""
+        if not self.layout.stacks:
+            return LayerMap.identity(0)
+        return self.layer_maps[self.layout.stacks[0].attribute]
 
     def source_name(self, name: str) -> str:
         """The parent's tensor that a child's tensor grows from."""
-        template, layer = self.layout.template(name)
-        return name if layer is None else template.replace("{i}", str(self.layer_map.source[layer]))
+        template, stack, layer = self.layout.template(name)
+        if stack is None:
+            return name
+        return template.replace("{i}", str(self.layer_maps[stack.attribute].source[layer]))
 
     def tensor(self, name: str) -> TensorGrowth:
         """How one of the child's tensors grows."""
-        layout = self.layout.tensor(name)
-        _, layer = self.layout.template(name)
-        new_layer = layer is not None and self.layer_map.gated[layer]
+        layout = self.placed[name]
+        template, stack, layer = self.layout.template(name)
+        new_layer = stack is not None and self.layer_maps[stack.attribute].gated[layer]
         operator = WIDTH_OPERATORS[self.growth_config.width_operator]
         options = self.growth_config.options
         return TensorGrowth(
@@ -131,9 +145,26 @@ class GrowthPlan:
             operator.noise(options),
             operator.shrink(options) if self.widens else None,
             lambda: self.recipes[name].make(self.growth_config.seed, name),
-            gate=new_layer and self.layout.is_branch_end(name),
+            factor=2.0 ** -sum(self.steps[number] * power for number, power in layout.scale),
+            fill=None if stack is None else self._fill(stack, template, layer, layout.offset),
             new_layer=new_layer,
         )
+
+    def _fill(self, stack: Stack, template: str, layer: int, offset: float) -> float | None:
+        """The constant that a tensor of a new layer, or before one, holds; None where it is carried."""
+        gated = self.layer_maps[stack.attribute].gated
+        if gated[layer] and template in stack.branch_ends:
+            return -offset
+        if gated[layer] and template in stack.gates:
+            return 1.0 - offset
+        followed = layer + 1 < len(gated) and gated[layer + 1]
+        for number, norm in enumerate(stack.post_norms):
+            # A run of post-norm layers that add nothing norms one vector again and again: only the last norm of the run
+            # keeps gain and bias. Norms before the last of an old layer are its own.
+            final = number == len(stack.post_norms) - 1
+            if template in norm and (followed if final else gated[layer]):
+                return 0.0 if norm.index(template) else 1.0 - offset
+        return None
 
     @cached_property
     def recipes(self) -> Mapping[str, Recipe]:
@@ -151,7 +182,12 @@ class GrowthPlan:
     def operators(self) -> list[str]:
         """Names of the operators that the growth uses."""
         width = [self.growth_config.width_operator] if self.widens else []
-        return width + ([] if self.layer_map.is_identity else [self.growth_config.depth_operator])
+        return width + ([self.growth_config.depth_operator] if self.deepens else [])
+
+    @property
+    def deepens(self) -> bool:
+        """Whether any stack grows."""
+        return not all(layer_map.is_identity for layer_map in self.layer_maps.values())
 
     @cached_property
     def parameters_before(self) -> int:
@@ -161,10 +197,7 @@ class GrowthPlan:
     @cached_property
     def parameters_after(self) -> int:
         """Entries of the child's tensors, tied ones once."""
-        return sum(self._entries(name) for name in self.names)
-
-    def _entries(self, name: str) -> int:
-        return math.prod(axis.size(self.sizes[1]) for axis in self.layout.tensor(name).axes)
+        return sum(math.prod(shape) for shape in self.target_shapes.values())
 
     @property
     def growth_factor(self) -> float:
@@ -179,7 +212,7 @@ class GrowthPlan:
     @property
     def peak_memory_bytes(self) -> int:
         """Memory that `grow` needs beside the parent: the child, and the largest tensor three times in float32."""
-        return self.output_bytes + 3 * 4 * max(self._entries(name) for name in self.names)
+        return self.output_bytes + 3 * 4 * max(math.prod(shape) for shape in self.target_shapes.values())
 
     @property
     def exact(self) -> bool:
@@ -197,8 +230,12 @@ class GrowthPlan:
     def _inexact(self) -> list[str]:
         width = WIDTH_OPERATORS[self.growth_config.width_operator]
         reasons = [width.reason] if self.widens and not width.exact else []
-        if not self.layer_map.exact:
+        if not all(layer_map.exact for layer_map in self.layer_maps.values()):
             reasons.append(DEPTH_OPERATORS[self.growth_config.depth_operator].reason)
+        for stack in self.layout.stacks:
+            deeper = not self.layer_maps[stack.attribute].is_identity
+            if deeper and stack.post_norms and self.growth_config.depth_operator == "identity_blocks":
+                reasons.append(f"{stack.prefix} ends in a norm of the stream, which a new layer applies once more")
         return reasons
 
     @property
@@ -244,29 +281,28 @@ def make_plan(
     Raises:
         LayoutError: tensors that cannot be placed. SizeError: sizes that are not admissible.
     """
-    layout = layout or derive_layout(model_class, config)
+    layout = layout or layout_of(model_class, config)
     shapes = meta_shapes(model_class, config)
     before = layout.sizes(config, shapes)
-    target = resolve_sizes(layout, config, before, asked)
-    if target.layers != config.num_hidden_layers and not layout.layers:
-        raise SizeError(f"{model_class.__name__} has no stack of layers that could be deepened.")
+    count = _counter(layout, config, shapes)
+    target = resolve_sizes(layout, config, before, asked, count)
     operator = WIDTH_OPERATORS[asked.width_operator]
+    _check_numbers(layout, target)
     maps = {
-        name: operator.build(before[name], target.spaces[name], info.kind, asked.options)
-        if info.kind in WIDENED and before[name] != target.spaces[name]
+        name: _space_map(operator, name, info, before[name], target, asked)
+        if before[name] != target.spaces[name]
         else SpaceMap.identity(before[name])
         for name, info in layout.spaces.items()
+        if info.kind != "layers" and name not in (regrouping(before, target.spaces) or ())
     }
-    for name in ("kv_heads", "group", "head_dim"):
-        maps.setdefault(name, SpaceMap.identity(before[name]))
-    layer_map = LayerMap.identity(config.num_hidden_layers)
-    if target.layers != config.num_hidden_layers:
-        layer_map = DEPTH_OPERATORS[asked.depth_operator].build(config.num_hidden_layers, target.layers)
-        if layer_map.after != target.layers:
-            raise SizeError(
-                f"{asked.depth_operator} made {layer_map.after} layers where {target.layers} were asked for."
-            )
-    grown_config = _grown_config(model_class, layout, config, target, layer_map)
+    if pair := regrouping(before, target.spaces):
+        maps |= _regrouped(pair, before, target.spaces)
+    grown_config, layer_maps, target_shapes = _grown(model_class, layout, config, target, asked, shapes)
+    maps |= {
+        name: _layer_axis(layer_maps[info.attributes[0]])
+        for name, info in layout.spaces.items()
+        if info.kind == "layers"
+    }
     _check_target_config(asked, grown_config)
     if layout.embedding_scale:
         scale = 1.0
@@ -274,34 +310,243 @@ def make_plan(
             scale = _multiplier(model_class, layout, config) / _multiplier(model_class, layout, grown_config)
         maps[SCALE] = SpaceMap.identity(1).scaled(scale)
     plan = GrowthPlan(
-        asked, model_class, config, grown_config, layout, maps, layer_map, (before, target.spaces), shapes
+        asked,
+        model_class,
+        config,
+        grown_config,
+        layout,
+        maps,
+        layer_maps,
+        (before, target.spaces),
+        target.steps,
+        shapes,
+        target_shapes,
     )
-    _check_target_shapes(plan)
+    _check_maps(plan)
     return plan
 
 
-def _grown_config(
+def _check_maps(plan: GrowthPlan) -> None:
+    """Every axis has a map: expressions that join spaces which cannot grow together are refused now, not half-way."""
+    for name, tensor in {plan.layout.template(n)[0]: (n, t) for n, t in plan.placed.items()}.values():
+        try:
+            for axis in tensor.axes:
+                axis.map(plan.maps)
+        except WarmstartError as error:
+            raise SizeError(f"{name} cannot grow so: {error}") from error
+
+
+def _check_numbers(layout: Layout, target: TargetSizes) -> None:
+    """Refuse a growth that changes a number in the forward which no tensor can take back."""
+    changed = {words for words, powers in layout.unresolved if abs(sum(target.steps[n] * p for n, p in powers)) > 1e-6}
+    if changed:
+        raise SizeError(f"{layout.model_type} cannot grow so: {'; '.join(sorted(changed)[:3])}.")
+
+
+def _counter(layout: Layout, config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]]):
+    """Counts entries of all tensors under other sizes and depths; new layers are like those there are, on average."""
+    axes = [(tensor.axes, layout.template(name)[1]) for name, tensor in layout.placed(config, shapes).items()]
+
+    def count(sizes: Mapping[str, int], layers: Mapping[str, int]) -> int:
+        total = 0.0
+        for expressions, stack in axes:
+            entries = math.prod(axis.size(sizes) for axis in expressions)
+            deeper = layers[stack.attribute] / get_attribute(config, stack.attribute) if stack is not None else 1.0
+            total += entries * deeper
+        return round(total)
+
+    return count
+
+
+def _layer_axis(layer_map: LayerMap) -> SpaceMap:
+    """The map of an axis with one part for each layer (per-layer embeddings): new layers' parts are not read yet."""
+    read = torch.tensor([0.0 if gated else 1.0 for gated in layer_map.gated], dtype=torch.float64)
+    return SpaceMap.build(layer_map.before, layer_map.source, 1.0, read)
+
+
+def _rotary_map(name: str, info: SpaceInfo, before: int, target: TargetSizes) -> SpaceMap:
+    """The map of the inside of rotated heads.
+
+    Angles of width n are among those of width c n, at every c-th place (theta^(-2i/n) = theta^(-2ic/(cn))), so old pairs
+    keep their angles there. New coordinates of queries are zero, those of keys are fresh. Both sides take the square root
+    of what the scores' factor changes by.
+    """
+    after = target.spaces[name]
+    if after % before:
+        raise SizeError(
+            f"The inside of rotated heads ({name}) can only grow by whole factors, where its angles nest: {before} -> {after}."
+        )
+    form, sizes = info.inside
+    ratio = after // before
+    maps = {}
+    for part, size in sizes:
+        n = size * before // info.size
+        source = torch.full((n * ratio,), -1)
+        source[torch.arange(n) * (ratio if part == "rotated" else 1)] = torch.arange(n)
+        maps[part] = SpaceMap.build(n, source)
+    nested = axis_from_data(form).map(maps)
+    factor = 2.0 ** (-sum(target.steps[number] * power for number, power in info.scale) / 2)
+    return nested.scaled(factor)
+
+
+def _regrouped(pair: tuple[str, str], before: Sizes, after: Sizes) -> dict:
+    """Maps where key/value heads are copied for smaller groups: query heads stay, each finds its keys where they were."""
+    heads, _ = pair
+    copies = after[heads] // before[heads]
+    return {
+        heads: SpaceMap.build(before[heads], torch.arange(after[heads]) // copies, 1.0, 1.0 / copies),
+        pair: SpaceMap.identity(before[heads] * before[pair[1]]),
+    }
+
+
+def _space_map(
+    operator: WidthOperator, name: str, info: SpaceInfo, before: int, target: TargetSizes, asked: GrowthConfig
+) -> SpaceMap:
+    """The map of one space, by the operator or by what its kind asks for."""
+    after = target.spaces[name]
+    if info.kind == "contracted":
+        # Both sides of the product are written alike: f^2 copies (s'/s) = 1 for scores multiplied by s.
+        source = torch.arange(after) % before
+        copies = torch.bincount(source, minlength=before)[source].double()
+        change = 2.0 ** sum(target.steps[number] * power for number, power in info.scale)
+        factor = (1 / (copies * change)).sqrt()
+        return SpaceMap.build(before, source, factor, 1 / (copies * factor))
+    if info.kind == "rotary":
+        return _rotary_map(name, info, before, target)
+    if info.kind == "indexed":
+        # Appended rows: nothing that was looked up before changes, and nothing new has to be silent.
+        return SpaceMap.build(
+            before, torch.where(torch.arange(after) < before, torch.arange(after), -1), silent="none"
+        )
+    if info.kind == "experts":
+        return copy_map(before, after, "elementwise", even)
+    if info.kind != "whole":
+        return operator.build(before, after, info.kind, asked.options)
+    if after % before:
+        raise SizeError(
+            f"{name} can only grow by whole factors ({info.reason}): {before} -> {after}. Pass a multiple of {before}."
+        )
+    if operator.name == "reference_slice":
+        if name == "residual":
+            raise SizeError(
+                f"reference_slice cannot keep the function of this model ({info.reason}). Use perturbed_copy or uneven_copy."
+            )
+        return copy_map(before, after, "elementwise", even)
+    return operator.build(before, after, "elementwise", asked.options)
+
+
+def _grown(
     model_class: type[PreTrainedModel],
     layout: Layout,
     config: PreTrainedConfig,
     target: TargetSizes,
-    layer_map: LayerMap,
-) -> PreTrainedConfig:
-    """The child's config. Attributes that the parent leaves unset (GPT-2's `n_inner`) stay so where that suffices."""
-    attributes = target.attributes(layout, config)
-    layers = None if layer_map.is_identity else layer_map
-    unset = {name for name in attributes if getattr(config, name, None) is None}
-    if unset:
-        left = resize_config(config, {n: v for n, v in attributes.items() if n not in unset}, layers)
-        if not layout.wrong_shapes(meta_shapes(model_class, left), target.spaces):
-            return left
-    return resize_config(config, attributes, layers)
+    asked: GrowthConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> tuple[PreTrainedConfig, dict[str, LayerMap], dict[str, tuple[int, ...]]]:
+    """The child's config, the map of each stack, and the child's tensors as the class builds them.
+
+    Where new layers between old ones would shift a pattern that the class computes from a layer's number, they are
+    appended.
+
+    Raises:
+        SizeError: the class builds other tensors than planned, whichever way.
+    """
+    problems: list[str] = []
+    counts = {stack.attribute: get_attribute(config, stack.attribute) for stack in layout.stacks}
+    deepest = max((counts[path] for path in counts if target.layers[path] != counts[path]), default=0)
+    whole = () if any(stack.special for stack in layout.stacks) else (deepest,)
+    for period in (None, *whole, *range(1, deepest)) if deepest else (None,):
+        layer_maps: dict[str, LayerMap] = {}
+        for stack in layout.stacks:
+            before, after = counts[stack.attribute], target.layers[stack.attribute]
+            made = _layer_map(stack, asked, before, after, period)
+            if made is None:
+                break
+            layer_maps[stack.attribute] = made
+        else:
+            deeper = {path: m for path, m in layer_maps.items() if not m.is_identity}
+            try:
+                grown_config, built = _built(model_class, config, target, deeper)
+                problem = _mismatch(layout, grown_config, layer_maps, built, shapes, target.spaces)
+            except SizeError as error:
+                problem = str(error)
+            if not problem:
+                return grown_config, layer_maps, built
+            problems.append(problem)
+    raise SizeError(
+        problems[0] if problems else f"{model_class.__name__} has no stack of layers that could be deepened."
+    )
+
+
+def _layer_map(stack: Stack, asked: GrowthConfig, before: int, after: int, period: int | None) -> LayerMap | None:
+    """The map of one stack: by the operator; or, with a period, new layers at the end that repeat the last ones."""
+    if before == after:
+        return LayerMap.identity(before)
+    identity = asked.depth_operator == "identity_blocks"
+    if period is not None:
+        if not identity or period > before:
+            return None
+        new = tuple(before - period + k % period for k in range(after - before))
+        return LayerMap(before, (*range(before), *new), (False,) * before + (True,) * len(new))
+    if stack.reason and identity:
+        raise SizeError(
+            f"A new layer of {stack.prefix} cannot be an identity: {stack.reason}. Use depth_operator='stack' or 'interleave', "
+            "which do not keep the function."
+        )
+    if stack.append and identity:
+        return None
+    made = DEPTH_OPERATORS[asked.depth_operator].build(before, after)
+    if made.after != after:
+        raise SizeError(f"{asked.depth_operator} made {made.after} layers where {after} were asked for.")
+    return made
+
+
+def _built(
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    target: TargetSizes,
+    layer_maps: Mapping[str, LayerMap],
+) -> tuple[PreTrainedConfig, dict[str, tuple[int, ...]]]:
+    """The child's config and tensors."""
+    grown = resize_config(config, target.attributes, layer_maps)
+    try:
+        return grown, meta_shapes(model_class, grown)
+    except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, AssertionError) as error:
+        raise SizeError(f"{model_class.__name__} cannot be built with {target.attributes}: {error}") from error
+
+
+def _mismatch(layout: Layout, config, layer_maps, built, shapes, sizes: Sizes) -> str:
+    """In words, how the class's tensors differ from those planned; empty where they do not."""
+    wrong = []
+    try:
+        placed = layout.placed(config, built)
+    except LayoutError as error:
+        return f"The target config builds other tensors than planned: {error}"
+    for name, shape in built.items():
+        template, stack, layer = layout.template(name)
+        source = name if stack is None else template.replace("{i}", str(layer_maps[stack.attribute].source[layer]))
+        if source not in shapes:
+            wrong.append(f"{name} has no source in the parent")
+            continue
+        expected = tuple(axis.size(sizes) for axis in placed[name].axes)
+        if expected != tuple(shape):
+            wrong.append(f"{name}: has {tuple(shape)}, the plan says {expected}")
+    planned = {
+        template.replace("{i}", str(k))
+        for template, stack, layer in (layout.template(name) for name in shapes)
+        if stack is not None
+        for k, source in enumerate(layer_maps[stack.attribute].source)
+        if source == layer
+    }
+    wrong += [f"{name} would be dropped" for name in planned - set(built)]
+    return "The target config builds other tensors than planned:\n" + "\n".join(sorted(wrong)[:12]) if wrong else ""
 
 
 def _check_target_config(asked: GrowthConfig, grown: PreTrainedConfig) -> None:
     """All that a target config says holds for the child: what no growth changes is refused, not dropped."""
     made, own = grown.to_dict(), grown.attribute_map
-    given = {own.get(name, name) for name in asked.sizes} | set(LAYER_THRESHOLDS)
+    given = {own.get(name, name) for name in asked.sizes}
+    given |= {name for name, value in made.items() if marks(name, value, 1)}  # these follow the layers
     wanted = {own.get(name, name): value for name, value in (asked.target_config or {}).items()}
     different = [
         f"{n}={v!r} (stays {made.get(n)!r})" for n, v in wanted.items() if n not in given and made.get(n) != v
@@ -313,24 +558,23 @@ def _check_target_config(asked: GrowthConfig, grown: PreTrainedConfig) -> None:
         )
 
 
-def _check_target_shapes(plan: GrowthPlan) -> None:
-    """The child that the class builds has the tensors that the plan fills."""
-    built = meta_shapes(plan.model_class, plan.target_config)
-    if set(built) != set(plan.names):
-        different = sorted(set(built) ^ set(plan.names))
-        raise SizeError(f"The target config builds other tensors than planned: {different}.")
-    plan.layout.check_shapes(built, plan.sizes[1])
-
-
 def _multiplier(model_class: type[PreTrainedModel], layout: Layout, config: PreTrainedConfig) -> float:
-    """What the class multiplies embeddings by at this width, in the config's dtype; measured on one small layer."""
-    small = {name: 8 for s, info in layout.spaces.items() if info.kind == "elementwise" for name in info.attributes}
-    small |= {"vocab_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1}
-    small |= {name: 0 for name in config.to_dict() if name.endswith("token_id")}
-    reduced = resize_config(config, small, LayerMap(config.num_hidden_layers, (0,), (False,)))
-    model = build(model_class, reduced)
-    torch.nn.init.ones_(model.get_input_embeddings().weight)
-    value = embedding_multiplier(model)
+    """What the class multiplies embeddings by at this width, in the config's dtype.
+
+    Measured, not computed, since classes round it to a dtype of their own; on a model that is small in all that does not
+    change the width.
+    """
+    reduced = resize_config(
+        probe_config(config),
+        {
+            path: get_attribute(config, path)
+            for move in layout.moves
+            if "residual" in move.spaces
+            for path in move.attributes
+        },
+    )
+    set_dtype(reduced, config_dtype(config) or torch.float32)
+    value = measured_scalar(model_class, reduced, layout.embedding_scale)
     if value is None:
         raise WarmstartError(f"{model_class.__name__}: the multiplier of the embeddings could not be measured.")
     return value

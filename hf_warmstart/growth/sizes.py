@@ -1,111 +1,114 @@
-"""From what is asked (`width=1.5`, `growth_factor=2`, `sizes={...}`) to the size of every space."""
+"""From what is asked (`width=1.5`, `growth_factor=2`, `sizes={...}`) to the size of every space.
+
+Sizes follow the config's attributes by the layout's moves, so a request is a linear system in logarithms. Its equations
+are added in order of importance, each if it does not contradict those before it: what was asked by name, the width of
+the residual stream, what can never grow, what `width` multiplies, what it leaves alone.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
+import numpy as np
 from transformers import PreTrainedConfig
 
 from ..errors import SizeError
 from .config import GrowthConfig
-from .configs import standard_name
+from .configs import get_attribute, resolve_attribute
 from .layout import WIDENED, Layout
 
 Sizes = dict[str, int]
-_LAYERS = "num_hidden_layers"
+Count = Callable[[Mapping[str, int], Mapping[str, int]], int]
 NEAR = 0.005
+CONSISTENT = 1e-7
 
 
 @dataclass(frozen=True)
 class TargetSizes:
-    """The sizes of a grown model: every space, and the number of layers."""
+    """The sizes of a grown model.
+
+    Args:
+        spaces: every space. attributes: config attributes (by path) that change, sizes and layers apart.
+        layers: number of layers by the attribute that counts them. steps: how far each move of the layout went.
+    """
 
     spaces: Sizes
-    layers: int
-
-    def attributes(self, layout: Layout, config: PreTrainedConfig) -> dict[str, int]:
-        """Config attributes (standard names) that give these sizes; those that stay are left out."""
-        values = {"num_attention_heads": self.spaces["kv_heads"] * self.spaces["group"]}
-        for name, info in layout.spaces.items():
-            if info.kind in WIDENED and name != "group":
-                values |= dict.fromkeys(info.attributes, self.spaces[name])
-        if getattr(config, "num_key_value_heads", None) is None:
-            values.pop("num_key_value_heads", None)
-        current = {name: getattr(config, name, None) for name in values}
-        return {name: value for name, value in values.items() if current[name] != value}
+    attributes: Sizes
+    layers: Sizes
+    steps: tuple[float, ...]
 
 
-def count_parameters(layout: Layout, sizes: Mapping[str, int], layers: int) -> int:
-    """Entries of all tensors, tied ones once."""
-    total = 0
-    for name, tensor in layout.tensors.items():
-        entries = math.prod(axis.size(sizes) for axis in tensor.axes)
-        total += entries * (layers if "{i}" in name else 1)
-    return total
-
-
-def resolve_sizes(layout: Layout, config: PreTrainedConfig, before: Sizes, asked: GrowthConfig) -> TargetSizes:
+def resolve_sizes(
+    layout: Layout, config: PreTrainedConfig, before: Sizes, asked: GrowthConfig, count: Count
+) -> TargetSizes:
     """The sizes that a growth asks for.
+
+    Args:
+        count: (sizes of spaces, layers by attribute) -> entries of all tensors.
 
     Raises:
         SizeError: sizes that shrink, do not divide, are unknown or are not for growing; all of them named.
     """
-    layers = config.num_hidden_layers
     explicit = _explicit(layout, config, asked)
-    after = dict(before)
+    layers = {s.attribute: get_attribute(config, s.attribute) for s in layout.stacks}
+    deeper = {path: explicit.pop(path) for path in list(explicit) if path in layers}
+    grown_layers = _deepen(layout, layers, asked.depth, deeper)
     if asked.growth_factor is not None:
-        layers = _deepen(layers, asked.depth, explicit)
-        after = _solve(layout, config, before, config.num_hidden_layers, layers, asked.growth_factor)
+        target = _solve(layout, config, before, layers, grown_layers, asked.growth_factor, count)
     else:
-        if asked.width is not None:
-            after = _widen(layout, before, asked.width, explicit)
-        after |= {name: value for name, value in explicit.items() if name in before}
-        layers = _deepen(layers, asked.depth, explicit)
-    _check(layout, config, before, after, layers)
-    return TargetSizes(after, layers)
+        target = _target(layout, config, before, asked.width, explicit, grown_layers)
+    _check(layout, config, before, target, layers)
+    return target
+
+
+# -- what was asked ---------------------------------------------------------------------------------------------------
 
 
 def _explicit(layout: Layout, config: PreTrainedConfig, asked: GrowthConfig) -> Sizes:
-    """Sizes given by name, as spaces (and layers)."""
-    given = {standard_name(config, name): value for name, value in asked.sizes.items()}
+    """Sizes given by name, by the path of their attribute."""
+    given = {resolve_attribute(config, name): value for name, value in asked.sizes.items()}
     if asked.target_config is not None:
         given = _from_target(layout, config, asked.target_config) | given
     wrong = [f"{n}={v!r}" for n, v in given.items() if not isinstance(v, int) or isinstance(v, bool) or v < 1]
     if wrong:
         raise SizeError(f"Sizes are positive integers; got {', '.join(sorted(wrong))}.")
-    sizes: Sizes = {}
-    heads = given.pop("num_attention_heads", None)
-    kv_heads = given.pop("num_key_value_heads", None)
-    if heads or kv_heads:
-        old_heads = config.num_attention_heads
-        old_kv = getattr(config, "num_key_value_heads", None) or old_heads
-        has_kv = getattr(config, "num_key_value_heads", None) is not None
-        heads = heads or old_heads
-        kv_heads = kv_heads or (old_kv if has_kv else heads)
-        if heads % kv_heads:
+    movable = {path for move in layout.moves for path in move.attributes} | {s.attribute for s in layout.stacks}
+    unknown = [
+        name for name, value in given.items() if name not in movable and value != get_attribute(config, name, None)
+    ]
+    if unknown:
+        raise SizeError(
+            f"{sorted(unknown)} cannot be grown. What {layout.model_type} grows by name: {sorted(growable(layout))}."
+        )
+    _check_heads(config, {path: value for path, value in given.items() if path in movable}, movable)
+    return given
+
+
+def growable(layout: Layout) -> set[str]:
+    """Attributes by which a model can be grown."""
+    found = {s.attribute for s in layout.stacks}
+    for move in layout.moves:
+        if all(layout.spaces[name].kind in WIDENED for name in move.spaces):
+            found |= set(move.attributes)
+    return found
+
+
+def _check_heads(config: PreTrainedConfig, given: Sizes, movable: set[str]) -> None:
+    """Query heads come in whole groups for each key/value head."""
+    for path in [p for p in given if p.rpartition(".")[2] in ("num_attention_heads", "num_key_value_heads")]:
+        level = path.removesuffix(path.rpartition(".")[2])
+        heads_path, kv_path = level + "num_attention_heads", level + "num_key_value_heads"
+        if not {heads_path, kv_path} <= movable:
+            continue  # one of them follows from the other
+        kv_heads = given.get(kv_path, get_attribute(config, kv_path, None))
+        heads = given.get(heads_path, get_attribute(config, heads_path, None))
+        if kv_heads and heads and heads % kv_heads:
             raise SizeError(
                 f"num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}. Pass both so that it is."
             )
-        sizes |= {"kv_heads": kv_heads, "group": heads // kv_heads}
-    unknown = []
-    for name, value in given.items():
-        space = layout.space_of_attribute(name)
-        if name == _LAYERS:
-            sizes[_LAYERS] = value
-        elif space is not None and (layout.spaces[space].kind in WIDENED or value == getattr(config, name)):
-            sizes[space] = value
-        else:
-            unknown.append(name)
-    if unknown:
-        growable = sorted(
-            {a for s in layout.spaces.values() if s.kind in WIDENED for a in s.attributes}
-            | {_LAYERS, "num_attention_heads"}
-        )
-        raise SizeError(f"{sorted(unknown)} cannot be grown. What {layout.model_type} grows by name: {growable}.")
-    return sizes
 
 
 def _from_target(layout: Layout, config: PreTrainedConfig, target: Mapping) -> Sizes:
@@ -115,7 +118,7 @@ def _from_target(layout: Layout, config: PreTrainedConfig, target: Mapping) -> S
             f"The target config is for {target['model_type']!r}, the model is {config.model_type!r}. A growth keeps the class."
         )
     reverse = {own: standard for standard, own in config.attribute_map.items()}
-    names = {a for info in layout.spaces.values() for a in info.attributes} | {_LAYERS, "num_attention_heads"}
+    names = {path for move in layout.moves for path in move.attributes} | {s.attribute for s in layout.stacks}
     current = config.to_dict()
     return {
         reverse.get(name, name): value
@@ -124,97 +127,270 @@ def _from_target(layout: Layout, config: PreTrainedConfig, target: Mapping) -> S
     }
 
 
-def _deepen(layers: int, depth: float | None, explicit: Sizes) -> int:
-    if _LAYERS in explicit:
-        return explicit[_LAYERS]
-    if depth is None:
-        return layers
-    deeper = Fraction(depth).limit_denominator(1000) * layers
-    if deeper.denominator != 1:
-        near = [f"{Fraction(k, layers)} ({k} layers)" for k in (math.floor(deeper), math.ceil(deeper))]
-        raise SizeError(f"depth={depth} of {layers} layers is {float(deeper)}. Admissible near it: {', '.join(near)}.")
-    return int(deeper)
-
-
-def _multiplied(layout: Layout, before: Sizes) -> list[str]:
-    """Spaces that `width` multiplies. One key/value head stays one, and the group grows instead."""
-    heads = "group" if before["kv_heads"] == 1 and before["group"] > 1 else "kv_heads"
-    return [
-        name
-        for name, info in layout.spaces.items()
-        if info.kind in WIDENED and (info.kind != "heads" or name == heads)
-    ]
-
-
-def _widen(layout: Layout, before: Sizes, width: float, explicit: Sizes) -> Sizes:
-    ratio = Fraction(width).limit_denominator(1000)
-    spaces = [name for name in _multiplied(layout, before) if name not in explicit]
-    wrong = sorted(name for name in spaces if (ratio * before[name]).denominator != 1)
-    if wrong:
-        unit = math.gcd(*(before[name] for name in spaces))
-        near = sorted({Fraction(max(k, unit), unit) for k in (math.floor(ratio * unit), math.ceil(ratio * unit))})
-        listed = ", ".join(f"{float(f):.6g} ({f})" for f in near)
-        detail = ", ".join(f"{name} {before[name]} -> {float(ratio * before[name]):.6g}" for name in wrong)
+def _deepen(layout: Layout, layers: Sizes, depth: float | None, explicit: Sizes) -> Sizes:
+    """Layers of each stack. `depth` multiplies the main stack, and its partner in an encoder-decoder model."""
+    grown = layers | explicit
+    if depth is None or explicit:
+        return grown
+    if not layers:
         raise SizeError(
-            f"width={width} does not divide: {detail}. Admissible widths near it: {listed}. Or pass sizes={{...}} by name."
+            f"{layout.model_type} has no stack of layers that an attribute counts, so it cannot be deepened."
         )
-    return before | {name: int(ratio * before[name]) for name in spaces}
+    main = layout.stacks[0].attribute
+    level = main.rpartition(".")[0]
+    for path, count in layers.items():
+        if path.rpartition(".")[0] != level:
+            continue
+        deeper = Fraction(depth).limit_denominator(1000) * count
+        if deeper.denominator != 1:
+            near = [f"{Fraction(k, count)} ({k} layers)" for k in (math.floor(deeper), math.ceil(deeper))]
+            raise SizeError(
+                f"depth={depth} of {count} layers is {float(deeper)}. Admissible near it: {', '.join(near)}."
+            )
+        grown[path] = int(deeper)
+    return grown
 
 
-def _solve(layout, config, before: Sizes, layers: int, new_layers: int, factor: float) -> Sizes:
+# -- the linear system ------------------------------------------------------------------------------------------------
+
+
+class _System:
+    """Equations `row . steps = value`, added while they do not contradict each other."""
+
+    def __init__(self, layout: Layout):
+        self.layout = layout
+        self.rows = np.zeros((0, len(layout.moves)))
+        self.values = np.zeros(0)
+
+    def space(self, name: str) -> np.ndarray:
+        return np.array([move.spaces.get(name, 0.0) for move in self.layout.moves])
+
+    def attribute(self, path: str) -> np.ndarray:
+        return np.array([move.attributes.get(path, 0.0) for move in self.layout.moves])
+
+    def add(self, row: np.ndarray, value: float) -> bool:
+        rows, values = np.vstack([self.rows, row]), np.append(self.values, value)
+        steps = np.linalg.lstsq(rows, values, rcond=None)[0]
+        if np.abs(rows @ steps - values).max() > CONSISTENT:
+            return False
+        self.rows, self.values = rows, values
+        return True
+
+    def steps(self) -> np.ndarray:
+        return np.linalg.lstsq(self.rows, self.values, rcond=None)[0]
+
+
+def _target(
+    layout: Layout, config: PreTrainedConfig, before: Sizes, width: float | None, explicit: Sizes, layers: Sizes
+) -> TargetSizes:
+    system = _System(layout)
+    for path, value in explicit.items():
+        current = get_attribute(config, path, None)
+        if current is None:
+            space, unit = _implied(layout, path)
+            if not system.add(system.space(space), math.log2(value / (before[space] * unit))):
+                raise SizeError(
+                    f"{path}={value} does not go together with the other sizes that were asked for: {explicit}."
+                )
+            continue
+        if not system.add(system.attribute(path), math.log2(value / current)):
+            raise SizeError(
+                f"{path}={value} does not go together with the other sizes that were asked for: {explicit}."
+            )
+    spaces = layout.spaces
+    ratio = Fraction(width).limit_denominator(1000) if width else Fraction(1)
+    log = math.log2(ratio)
+    fixed = [n for n, info in spaces.items() if info.kind == "fixed"]
+    for name in fixed:
+        system.add(system.space(name), 0.0)
+    if width and "residual" in spaces and not spaces["residual"].widens:
+        raise SizeError(
+            f"The width of {layout.model_type} cannot grow: {spaces['residual'].reason or 'its residual stream is fixed'}."
+        )
+    if width:
+        order = [n for n in ("residual",) if n in spaces and spaces[n].widens]
+        order += sorted(
+            (n for n in spaces if n not in order and spaces[n].widens), key=lambda n: spaces[n].kind != "heads"
+        )
+        for name in order:
+            system.add(system.space(name), log)
+        for name in sorted(spaces, key=lambda n: spaces[n].kind not in ("indexed", "heads")):
+            if not spaces[name].widens:
+                system.add(system.space(name), 0.0)
+    for path, count in layers.items():  # numbers that depend on the depth
+        system.add(system.attribute(path), math.log2(count / get_attribute(config, path)))
+    paths = {path for move in layout.moves for path in move.attributes} - set(explicit) - set(layers)
+    for path in sorted(paths):
+        if not width and get_attribute(config, path, None) is None:
+            system.add(system.space(_implied(layout, path)[0]), 0.0)  # sizes by name: what is not named stays
+        system.add(system.attribute(path), 0.0)
+    steps = system.steps() if len(layout.moves) else np.zeros(0)
+    if width and "residual" in spaces and abs(system.space("residual") @ steps - log) > CONSISTENT:
+        kept = sorted(
+            f"{n} ({spaces[n].reason})"
+            for n in fixed
+            if set(spaces[n].attributes) & set(spaces["residual"].attributes)
+        )
+        raise SizeError(
+            f"The width of {layout.model_type} cannot grow: it would change what must stay: {', '.join(kept)}."
+        )
+    after, broken = {}, []
+    for name in spaces:
+        size = before[name] * 2 ** float(system.space(name) @ steps) if len(steps) else before[name]
+        if spaces[name].kind == "layers":
+            size = layers[spaces[name].attributes[0]]
+        after[name] = round(size)
+        if abs(size - round(size)) > 1e-6 * size:
+            broken.append(f"{name} {before[name]} -> {size:.6g}")
+    if broken:
+        raise SizeError(_does_not_divide(layout, before, width, broken))
+    attributes = {}
+    for path in sorted({path for move in layout.moves for path in move.attributes}):
+        current = get_attribute(config, path, None)
+        grown = float(system.attribute(path) @ steps)
+        if isinstance(current, int) and abs(grown) > CONSISTENT and path not in layers:
+            exact = current * 2.0**grown
+            if abs(exact - round(exact)) > 1e-6 * exact:
+                raise SizeError(_does_not_divide(layout, before, width, [f"{path} {current} -> {exact:.6g}"]))
+            attributes[path] = round(exact)
+        elif current is None and abs(grown) > CONSISTENT:
+            space, unit = _implied(layout, path)
+            attributes[path] = round(after[space] * unit)
+    _more_active_experts(config, before, after, spaces, attributes)
+    return TargetSizes(after, attributes, layers, tuple(float(s) for s in steps))
+
+
+def _more_active_experts(config: PreTrainedConfig, before: Sizes, after: Sizes, spaces, attributes: Sizes) -> None:
+    """Copies of experts share their tokens, so as many times more of them are active."""
+    grown = {Fraction(after[n], before[n]) for n, info in spaces.items() if info.kind == "experts"} - {Fraction(1)}
+    if not grown:
+        return
+    ratio = grown.pop()
+    if grown or ratio.denominator != 1:
+        raise SizeError(
+            f"Experts are copied as a whole: their number can only grow by a whole factor, not by {float(ratio):g}."
+        )
+    path = next((p for p in active_experts(config)), None)
+    if path is None:
+        raise SizeError(
+            f"{type(config).__name__} has no number of experts for each token that could grow with the experts."
+        )
+    attributes[path] = get_attribute(config, path) * int(ratio)
+
+
+def active_experts(config: PreTrainedConfig) -> list[str]:
+    """Paths of the attribute that says how many experts a token is sent to."""
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "top_k")
+    parts = ["", *(f"{n}." for n in config.sub_configs if n == "text_config")]
+    return [f"{part}{n}" for part in parts for n in names if isinstance(get_attribute(config, part + n, None), int)]
+
+
+def _implied(layout: Layout, path: str) -> tuple[str, float]:
+    """For an attribute that a config leaves unset: the space that it would size, and its value over the space's size."""
+    space = next(next(iter(move.spaces)) for move in layout.moves if set(move.attributes) == {path})
+    return space, layout.probe[path] / layout.spaces[space].size
+
+
+def _does_not_divide(layout: Layout, before: Sizes, width: float | None, wrong: list[str]) -> str:
+    detail = ", ".join(sorted(wrong))
+    if width is None:
+        return f"The sizes that follow are no whole numbers: {detail}. Pass sizes that go together."
+    unit = math.gcd(*(before[name] for name, info in layout.spaces.items() if info.widens))
+    ratio = Fraction(width).limit_denominator(1000)
+    near = sorted({Fraction(max(k, unit), unit) for k in (math.floor(ratio * unit), math.ceil(ratio * unit))})
+    listed = ", ".join(f"{float(f):.6g} ({f})" for f in near)
+    return (
+        f"width={width} does not divide: {detail}. Admissible widths near it: {listed}. Or pass sizes={{...}} by name."
+    )
+
+
+def _solve(
+    layout: Layout, config: PreTrainedConfig, before: Sizes, layers: Sizes, grown: Sizes, factor: float, count: Count
+) -> TargetSizes:
     """Sizes whose parameter count is nearest to `factor` times the parent's.
 
     Heads and residual stream grow by one ratio; the MLP's width takes up what whole heads leave, within a factor of two
     of its proportion to the residual stream. Of all sizes within half a percent the best proportioned are taken.
     """
-    target = factor * count_parameters(layout, before, layers)
-    spaces = _multiplied(layout, before)
-    heads = next(name for name in spaces if layout.spaces[name].kind == "heads")
-    inner = next((name for name in spaces if layout.spaces[name].kind == "elementwise"), None)
-    candidates: list[tuple[bool, float, Sizes]] = []
-    for count in range(before[heads], math.ceil(before[heads] * factor) + 1):
-        ratio = Fraction(count, before[heads])
-        if (ratio * before["residual"]).denominator != 1:
+    goal = factor * count(before, layers)
+    heads = next((n for n, i in layout.spaces.items() if i.widens and i.kind == "heads"), "residual")
+    inner, path = _free_width(layout, before)
+    candidates: list[tuple[bool, float, TargetSizes]] = []
+    for heads_after in range(before[heads], math.ceil(before[heads] * factor) + 1):
+        ratio = Fraction(heads_after, before[heads])
+        explicit: Sizes = {}
+        if path is not None and inner is not None:
+            explicit = {path: math.floor(ratio * before[inner])}
+        try:
+            target = _target(layout, config, before, float(ratio), explicit, grown)
+            if any(target.spaces[n] < before[n] for n in before):
+                continue
+            distortion = 0.0
+            if path is not None and inner is not None:
+                base = count(target.spaces | {inner: 0}, grown)
+                slope = count(target.spaces | {inner: 1}, grown) - base
+                even = float(ratio * before[inner])
+                fitted = round(min(max((goal - base) / slope, even / 2, before[inner]), max(even * 2, before[inner])))
+                target = _target(layout, config, before, float(ratio), {path: fitted}, grown)
+                distortion = abs(math.log(fitted / even))
+        except SizeError:
             continue
-        sizes = before | {name: math.floor(ratio * before[name]) for name in spaces}
-        distortion = 0.0
-        if inner is not None:
-            base = count_parameters(layout, sizes | {inner: 0}, new_layers)
-            slope = count_parameters(layout, sizes | {inner: 1}, new_layers) - base
-            even = float(ratio * before[inner])
-            fitted = round(min(max((target - base) / slope, even / 2, before[inner]), max(even * 2, before[inner])))
-            sizes[inner] = fitted
-            distortion = abs(math.log(fitted / even))
-        error = abs(count_parameters(layout, sizes, new_layers) / target - 1)
+        error = abs(count(target.spaces, grown) / goal - 1)
         near = error < NEAR
-        candidates.append((not near, distortion if near else error, sizes))
+        candidates.append((not near, distortion if near else error, target))
     if not candidates:
-        raise SizeError(f"growth_factor={factor}: no whole number of heads divides {config.hidden_size}. Pass sizes.")
+        raise SizeError(f"growth_factor={factor}: no whole number of heads divides the sizes. Pass sizes.")
     return min(candidates, key=lambda candidate: candidate[:2])[2]
 
 
-def _check(layout: Layout, config: PreTrainedConfig, before: Sizes, after: Sizes, layers: int) -> None:
+def _free_width(layout: Layout, before: Sizes) -> tuple[str | None, str | None]:
+    """The largest inner space that one attribute sizes alone, one to one, and this attribute."""
+    options = []
+    for move in layout.moves:
+        if len(move.attributes) == len(move.spaces) == 1:
+            (space,), (path,) = move.spaces, move.attributes
+            info = layout.spaces[space]
+            if info.widens and info.kind == "elementwise" and layout.probe[path] == info.size:
+                options.append((before[space], space, path))
+    if not options:
+        return None, None
+    _, space, path = max(options)
+    return space, path
+
+
+def regrouping(before: Mapping[str, int], after: Mapping[str, int]) -> tuple[str, str] | None:
+    """The spaces of key/value heads and of their groups, where more heads take smaller groups of the same queries."""
+    if not {"kv_heads", "group"} <= set(before):
+        return None
+    fewer = after["group"] < before["group"]
+    same = after["kv_heads"] * after["group"] == before["kv_heads"] * before["group"]
+    return ("kv_heads", "group") if fewer and same and after["kv_heads"] % before["kv_heads"] == 0 else None
+
+
+# -- the result -------------------------------------------------------------------------------------------------------
+
+
+def _check(layout: Layout, config: PreTrainedConfig, before: Sizes, target: TargetSizes, layers: Sizes) -> None:
     problems = []
-    for name, size in after.items():
+    regrouped = regrouping(before, target.spaces)
+    for name, size in target.spaces.items():
+        if regrouped and name in regrouped:
+            continue
+        info = layout.spaces[name]
+        attribute = next((a for a in info.attributes if a in target.attributes), (info.attributes or (name,))[0])
         if size < before[name]:
-            attribute = (layout.spaces[name].attributes or (name,))[0] if name in layout.spaces else name
-            shown = (before[name], size)
-            if name == "group":
-                attribute, shown = (
-                    "num_attention_heads / num_key_value_heads",
-                    (before[name], size),
-                )
-            problems.append(f"{attribute} would shrink from {shown[0]} to {shown[1]}")
-    if layers < config.num_hidden_layers:
-        problems.append(f"num_hidden_layers would shrink from {config.num_hidden_layers} to {layers}")
-    heads = after["kv_heads"] * after["group"]
-    if not getattr(config, "head_dim", None) and after["residual"] != heads * before["head_dim"]:
-        problems.append(
-            f"hidden_size {after['residual']} over {heads} heads makes head_dim {after['residual'] / heads:g}, which must "
-            f"stay {before['head_dim']}; pass hidden_size={heads * before['head_dim']} or "
-            f"num_attention_heads={after['residual'] // before['head_dim']}"
-        )
+            what = "num_attention_heads / num_key_value_heads" if name == "group" else attribute
+            problems.append(f"{what} would shrink from {before[name]} to {size}")
+        elif size > before[name] and info.kind not in (*WIDENED, "layers"):
+            why = f" ({info.reason})" if info.reason else ""
+            problems.append(
+                f"{name} would grow from {before[name]} to {size}, which must stay{why}; it follows from "
+                f"{sorted(target.attributes)}"
+            )
+    for path, count in layers.items():
+        if target.layers[path] < count:
+            problems.append(f"{path} would shrink from {count} to {target.layers[path]}")
     if problems:
         raise SizeError("Growth only adds: " + "; ".join(sorted(problems)) + ".")
-    if after == before and layers == config.num_hidden_layers:
+    if target.spaces == before and target.layers == layers:
         raise SizeError("Nothing would grow: every size equals the parent's.")

@@ -37,7 +37,8 @@ class TensorGrowth:
         seed: the growth's seed.
         noise: relative size of `Z`. shrink: None, or the factor on the carried part over a complete fresh tensor.
         fresh: makes the class's own initialisation of the grown tensor, when it is needed.
-        gate: whether the tensor is zeroed as the end of a new layer's branch.
+        factor: what the tensor takes back of a number in the forward that grows with the sizes.
+        fill: the constant that it holds instead (ends of new branches, norms between new layers), or None.
         new_layer: whether the tensor lies in a layer that adds nothing at first.
     """
 
@@ -48,7 +49,8 @@ class TensorGrowth:
     noise: float
     shrink: float | None
     fresh: Callable[[], Tensor]
-    gate: bool = False
+    factor: float = 1.0
+    fill: float | None = None
     new_layer: bool = False
 
     @property
@@ -58,12 +60,12 @@ class TensorGrowth:
     @property
     def is_copy(self) -> bool:
         """Whether the tensor comes through unchanged."""
-        return all(m.is_identity for m in self.maps) and self.shrink is None and not self.gate
+        return all(m.is_identity for m in self.maps) and self.shrink is None and self.fill is None and self.factor == 1
 
     def weight(self, tensor: Tensor) -> Tensor:
         """The grown weight, in the tensor's dtype and on its device; the input is untouched."""
-        if self.gate:
-            return torch.full(self.shape, -self.layout.offset, dtype=tensor.dtype, device=tensor.device)
+        if self.fill is not None:
+            return torch.full(self.shape, self.fill, dtype=tensor.dtype, device=tensor.device)
         if self.is_copy:
             return tensor.clone()
         work = tensor.to(_work_dtype(tensor))
@@ -71,6 +73,8 @@ class TensorGrowth:
         carried = self._push(work + offset if offset else work, dual=False)
         if self.shrink is not None:
             return (carried * self.shrink + self.fresh().to(carried)).to(tensor.dtype)
+        if self.factor != 1:
+            carried = carried * self.factor
         if offset:
             carried = carried - offset
         if self.noise:
@@ -83,7 +87,7 @@ class TensorGrowth:
     def first_moment(self, tensor: Tensor) -> Tensor:
         """`exp_avg` grown by the dual maps; zero in layers that add nothing at first."""
         work = tensor.to(_work_dtype(tensor))
-        grown = self._push(work, dual=True)
+        grown = self._push(work, dual=True) / self.factor
         return (torch.zeros_like(grown) if self.new_layer else grown).to(tensor.dtype)
 
     def second_moment(self, tensor: Tensor) -> Tensor:
@@ -93,7 +97,7 @@ class TensorGrowth:
         hidden learning rate several times too large (arXiv 2604.04281, facts 2.4).
         """
         work = tensor.to(_work_dtype(tensor))
-        grown = work
+        grown = work / self.factor**2
         for axis, (axis_map, role) in enumerate(zip(self.maps, self.layout.roles, strict=True)):
             dual = axis_map if role == "read" else axis_map.dual()
             if role == "read":
@@ -116,10 +120,10 @@ class TensorGrowth:
 
     def pull_gradient(self, gradient: Tensor) -> Tensor:
         """A gradient of the grown tensor in the parent's coordinates: `G = W_out^T G' R_in`."""
-        pulled = gradient
+        pulled = gradient * self.factor
         for axis, (axis_map, role) in enumerate(zip(self.maps, self.layout.roles, strict=True)):
             pulled = axis_map.pull(pulled, axis, role)
-        return torch.zeros_like(pulled) if self.gate else pulled
+        return pulled if self.fill is None else torch.zeros_like(pulled)
 
     # -- parts ----------------------------------------------------------------------------------------------------
 
@@ -160,7 +164,9 @@ class TensorGrowth:
     def _free(self) -> Tensor | None:
         """Entries that take a fresh initialisation."""
         none = lambda axis_map: torch.zeros_like(axis_map.unsourced)  # noqa: E731
-        written = self._mask(lambda m, role: m.unsourced if role == "write" and m.silent == "read" else none(m))
+        written = self._mask(
+            lambda m, role: m.unsourced if role == "write" and m.silent == "read" or m.silent == "none" else none(m)
+        )
         read = self._mask(lambda m, role: m.unsourced if role == "read" and m.silent == "write" else none(m))
         silent = self._mask(lambda m, role: m.unsourced if role == m.silent else none(m))
         if read is not None and silent is not None:

@@ -10,7 +10,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedCo
 from transformers.modeling_outputs import CausalLMOutput
 
 from hf_warmstart import GrowthConfig, WarmstartError, certify, grow, plan_growth
-from hf_warmstart.errors import LayoutError, SizeError
+from hf_warmstart.errors import SizeError
 
 from ..models import tiny_config, tiny_model
 
@@ -27,7 +27,7 @@ from ..models import tiny_config, tiny_model
         ({"width_operator": "net2net", "width": 2}, ["net2net", "exact_copy"]),
         ({"depth_operator": "copy", "depth": 2}, ["'copy'", "identity_blocks"]),
         ({"hidden_sizes": 128}, ["no attribute 'hidden_sizes'", "nearest is 'hidden_size'"]),
-        ({"vocab_size": 200}, ["vocab_size", "cannot be grown", "hidden_size"]),
+        ({"vocab_size": 50}, ["vocab_size would shrink from 97 to 50"]),
         ({"rms_norm_eps": 1}, ["rms_norm_eps", "cannot be grown"]),
         ({"num_attention_heads": 7}, ["num_attention_heads=7 is no multiple of num_key_value_heads=2"]),
         ({"intermediate_size": 50}, ["intermediate_size would shrink from 96 to 50"]),
@@ -48,11 +48,19 @@ def test_sizes_and_operators_that_cannot_be_are_named_with_the_way_out(options, 
         assert re.search(word, str(error.value)), str(error.value)
 
 
-def test_a_width_that_changes_the_heads_size_is_refused_with_the_matching_sizes():
-    with pytest.raises(
-        SizeError, match=r"hidden_size 96 over 4 heads makes head_dim 24.*must stay 16.*num_attention_heads=6"
-    ):
-        grow(tiny_model("gpt2"), hidden_size=96)
+def test_a_width_that_breaks_the_angles_of_rotated_heads_is_refused_and_goes_with_more_heads():
+    """Phi-3's heads are `hidden_size / num_attention_heads` wide."""
+    with pytest.raises(SizeError, match=r"inside of rotated heads .*whole factors.* 16 -> 24"):
+        plan_growth(tiny_config("phi3"), hidden_size=96)
+    assert certify(tiny_config("phi3"), hidden_size=96, num_attention_heads=6).exact
+
+
+def test_a_width_that_changes_the_size_of_plain_heads_grows_them_exactly():
+    """Nothing but scores sees the inside of GPT-2's heads, and scores take back their own scale."""
+    plan = plan_growth(tiny_config("gpt2"), hidden_size=96)
+    assert plan.target_config.n_head == 4
+    assert plan.sizes[1]["head_dim"] == 24
+    assert certify(tiny_config("gpt2"), hidden_size=96, width_operator="uneven_copy").exact
 
 
 def test_the_configs_own_validator_is_quoted():
@@ -121,19 +129,18 @@ def test_a_config_and_options_together_are_refused():
 
 
 class OddConfig(PreTrainedConfig):
-    """A user's own config, with an attention that no derivation can read."""
+    """A user's own config, with heads that size no tensor."""
 
     model_type = "odd"
 
-    def __init__(self, hidden_size=48, num_attention_heads=6, num_hidden_layers=2, vocab_size=61, **kwargs):
-        self.hidden_size, self.num_attention_heads = hidden_size, num_attention_heads
-        self.num_hidden_layers, self.vocab_size = num_hidden_layers, vocab_size
-        self.max_position_embeddings = 32
+    def __init__(self, hidden_size=48, num_attention_heads=6, vocab_size=61, tied=True, **kwargs):
+        self.hidden_size, self.num_attention_heads, self.vocab_size = hidden_size, num_attention_heads, vocab_size
+        self.tied = tied
         super().__init__(**kwargs)
 
 
 class OddModel(PreTrainedModel):
-    """A user's own model with a bare parameter of rank four."""
+    """A user's own model with a bare parameter of rank four, and a head that may read its table as it is."""
 
     config_class = OddConfig
 
@@ -141,6 +148,7 @@ class OddModel(PreTrainedModel):
         super().__init__(config)
         self.embed = torch.nn.Embedding(config.vocab_size, config.hidden_size)
         self.mystery = torch.nn.Parameter(torch.zeros(2, 2, 2, config.hidden_size))
+        self.head = None if config.tied else torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -148,23 +156,38 @@ class OddModel(PreTrainedModel):
 
     def forward(self, input_ids=None, **kwargs):
         hidden = self.embed(input_ids) + self.mystery.sum((0, 1, 2))
-        return CausalLMOutput(logits=hidden @ self.embed.weight.T)
+        return CausalLMOutput(logits=hidden @ self.embed.weight.T if self.head is None else self.head(hidden))
 
 
-def test_tensors_that_cannot_be_placed_are_all_named():
-    model = OddModel(OddConfig())
-    with pytest.raises(LayoutError, match=r"(?s)1 tensors could not be placed.*mystery \(2, 2, 2, 48\)"):
-        grow(model, hidden_size=96, num_attention_heads=12)
+def test_a_parameter_of_rank_four_is_followed():
+    assert certify(OddModel(OddConfig(tied=False)), width=2, width_operator="uneven_copy").exact
 
 
+def test_a_tied_head_that_reads_its_table_with_nothing_between_is_refused():
+    """The same numbers cannot both write and read copies."""
+    with pytest.raises(SizeError, match="the input of the tied head"):
+        certify(OddModel(OddConfig()), width=2, width_operator="uneven_copy")
+
+
+def test_an_attribute_that_sizes_nothing_is_refused_by_name():
+    with pytest.raises(SizeError, match=r"num_attention_heads.*cannot be grown.*odd grows by name: \['hidden_size'"):
+        grow(OddModel(OddConfig(tied=False)), hidden_size=96, num_attention_heads=12)
+
+
+@pytest.mark.parametrize("family", ["gptj", "mamba", "bloom"])
 @pytest.mark.parametrize(
-    ("family", "words"),
-    [("gptj", "probe could not be run"), ("mamba", "has no|could not be placed"), ("bloom", "could not be placed")],
+    "options", [{"width": 2}, {"width": 2, "width_operator": "uneven_copy"}, {"width": 2, "depth": 2}]
 )
-def test_classes_that_cannot_be_derived_are_refused_with_the_reason(family, words):
+def test_gptj_mamba_and_bloom_are_certified_at_their_true_sizes(family, options):
     config = AutoConfig.for_model(family, vocab_size=97, pad_token_id=None, bos_token_id=1, eos_token_id=2)
-    with pytest.raises(LayoutError, match=words):
-        plan_growth(config, width=2)
+    assert certify(config, **options).exact
+
+
+def test_a_broken_factor_of_a_stream_that_meets_its_own_norm_is_refused_with_the_reason():
+    """BLOOM norms its embeddings into the stream."""
+    config = AutoConfig.for_model("bloom", vocab_size=97, pad_token_id=None, bos_token_id=1, eos_token_id=2)
+    with pytest.raises(SizeError, match="whole factors .*LayerNorm meets the raw stream.*64"):
+        certify(config, width=1.5)
 
 
 @pytest.mark.parametrize("family", ["granite", "starcoder2", "cohere", "gemma", "gemma3_text", "phi", "helium"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -10,9 +12,10 @@ from hf_warmstart.growth.axes import Gain, Postnorm, Space
 from hf_warmstart.growth.certify import LOGITS_TOLERANCE, PULLBACK_TOLERANCE, twin_plan
 from hf_warmstart.growth.configs import model_class_of
 from hf_warmstart.growth.layout import TensorLayout
-from hf_warmstart.growth.layouts import derive_layout
+from hf_warmstart.growth.layouts import layout_of
 from hf_warmstart.growth.operators import WIDTH_OPERATORS
 from hf_warmstart.growth.precision import true_float64
+from hf_warmstart.growth.transform import TensorGrowth
 
 from ..models import FAMILIES, tiny_config
 
@@ -95,7 +98,7 @@ def test_szp_is_not_called_exact(family):
 
 def test_a_wrong_layout_is_refuted_with_the_measured_difference():
     config = tiny_config("llama")
-    layout = derive_layout(model_class_of(config), config)
+    layout = layout_of(model_class_of(config), config)
     wrong = layout.with_tensor("model.norm.weight", TensorLayout((Gain("residual", "residual"),), ("write",), 1.0))
     certificate = certify(config, width=1.5, width_operator="uneven_copy", layout=wrong)
     assert certificate.exact  # t = u: an offset changes nothing here
@@ -106,9 +109,29 @@ def test_a_wrong_layout_is_refuted_with_the_measured_difference():
     assert "differ by" in certificate.reason
 
 
-def test_a_layer_scale_by_depth_is_refuted_not_promised():
-    """GPT-2's `scale_attn_by_inverse_layer_idx` shifts with every inserted layer."""
-    certificate = certify(tiny_config("gpt2", scale_attn_by_inverse_layer_idx=True), depth=2)
+def test_a_wrong_gradient_alone_is_refuted_by_name(monkeypatch):
+    right = TensorGrowth.pull_gradient
+    wrong = lambda growth, gradient: right(growth, gradient) * (1 + 1e-8 * growth.name.endswith("up_proj.weight"))  # noqa: E731
+    monkeypatch.setattr(TensorGrowth, "pull_gradient", wrong)
+    certificate = certify(tiny_config("llama"), width=2)
+    assert not certificate.exact
+    assert certificate.max_relative_error < 1e-10
+    assert "pulled-back gradient of model.layers" in certificate.reason
+    assert certificate.worst_pullback.endswith("up_proj.weight")
+
+
+def test_where_a_class_computes_from_a_layers_number_new_layers_follow_all_others():
+    """GPT-2's `scale_attn_by_inverse_layer_idx` would shift with every inserted layer."""
+    config = tiny_config("gpt2", scale_attn_by_inverse_layer_idx=True)
+    assert plan_growth(config, depth=2).layer_map.gated == (False, False, True, True)
+    _holds(certify(config, depth=2))
+
+
+def test_inserted_layers_that_shift_a_layers_number_are_refuted_with_the_measured_difference():
+    config = tiny_config("gpt2", scale_attn_by_inverse_layer_idx=True)
+    layout = layout_of(model_class_of(config), config)
+    inserted = dataclasses.replace(layout, stacks=tuple(dataclasses.replace(s, append=False) for s in layout.stacks))
+    certificate = certify(config, depth=2, layout=inserted)
     assert not certificate.exact
     assert "logits differ" in certificate.reason
 
@@ -128,7 +151,7 @@ def test_the_twin_keeps_ratios_grouping_pattern_and_ties():
     assert after.num_hidden_layers == 2 * before.num_hidden_layers
     assert before.layer_types[:2] == plan.source_config.layer_types[:2]
     assert before.tie_word_embeddings
-    assert twin.parameters_after < 200_000
+    assert twin.parameters_after < 400_000
 
 
 def test_inside_true_float64_hard_coded_upcasts_are_lifted():

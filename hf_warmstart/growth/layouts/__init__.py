@@ -1,5 +1,6 @@
-"""Layouts of model classes: derived from the class and its config, with the few declared facts that no shape shows."""
+"""Layouts of model classes: derived from the class, with what cannot be derived declared per family."""
 
 from .derive import derive_layout
+from .lookup import layout_of
 
-__all__ = ["derive_layout"]
+__all__ = ["derive_layout", "layout_of"]

@@ -1,0 +1,84 @@
+"""The layout of a class under a config: from a file, or derived once, its depth tried out, and remembered."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ...errors import LayoutError, WarmstartError
+from ..layout import Layout, Stack
+from . import cache
+from .derive import derive_layout
+from .moves import REFUSALS
+from .probe import probe_config, set_dtype
+
+_known: dict[tuple[type, str], Layout] = {}
+
+
+def layout_of(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Layout:
+    """The layout of a class under the switches of a config: from the package's files, else derived (seconds) and kept.
+
+    Raises:
+        LayoutError: the class cannot be derived; the message says why.
+    """
+    try:
+        key = model_class, cache.switches(config)
+    except REFUSALS as error:
+        raise LayoutError(f"{model_class.__name__}: no small model can be made of its config: {error}") from error
+    if key not in _known:
+        _known[key] = cache.read(model_class, config) or derived(model_class, config)
+    return _known[key]
+
+
+def derived(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Layout:
+    """The layout of a class from nothing but the class, with its claims on depth tried out."""
+    return settled(model_class, config, derive_layout(model_class, config))
+
+
+def settled(model_class: type[PreTrainedModel], config: PreTrainedConfig, layout: Layout) -> Layout:
+    """A layout whose claims on depth were tried on a twin: what a class computes from a layer's number shows only then.
+
+    Where new layers between old ones change the output but new layers at the end do not, the stack says so; where both
+    do, it says that no new layer is an identity.
+    """
+    for number, stack in enumerate(layout.stacks):
+        if stack.reason or stack.post_norms:
+            continue
+        for tried in (stack, dataclasses.replace(stack, append=True)):
+            stacks = (*layout.stacks[:number], tried, *layout.stacks[number + 1 :])
+            candidate = dataclasses.replace(layout, stacks=stacks)
+            problem = _depth_changes(model_class, config, candidate, tried)
+            if not problem:
+                layout = candidate
+                break
+        else:
+            refused = Stack(stack.prefix, stack.attribute, reason=problem)
+            layout = dataclasses.replace(
+                layout, stacks=(*layout.stacks[:number], refused, *layout.stacks[number + 1 :])
+            )
+    return layout
+
+
+def _depth_changes(model_class, config: PreTrainedConfig, layout: Layout, stack: Stack) -> str:
+    """In words, how new layers change the output of a twin; empty where they do not."""
+    # The proof knows plans, and plans know layouts: it is asked for here, when a layout is made.
+    from ..certify import LOGITS_TOLERANCE, compare
+    from ..config import GrowthConfig
+    from ..configs import get_attribute
+    from ..plan import make_plan
+    from ..precision import true_float64
+
+    twin = probe_config(config)
+    set_dtype(twin, torch.float64)
+    layers = get_attribute(twin, stack.attribute)
+    try:
+        plan = make_plan(model_class, twin, GrowthConfig(sizes={stack.attribute: 2 * layers}), layout)
+        with true_float64():
+            change = compare(plan).max_relative_error
+    except WarmstartError as error:
+        return str(error).splitlines()[0]
+    except REFUSALS as error:
+        return f"the deeper twin does not run ({type(error).__name__}: {error})"
+    return "" if change < LOGITS_TOLERANCE else f"new layers change the output by {change:.0e}"

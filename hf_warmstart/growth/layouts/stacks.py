@@ -1,0 +1,341 @@
+"""Stacks of layers: which attribute counts them, what makes a new layer an identity, which layers are alike.
+
+A new layer adds nothing when every parameter that ends a residual branch in it is zero. These are found by walking back
+from the layer's output to its input; the finding is then tried: the probe runs with them zeroed, and each layer must
+return what it was given.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..configs import get_attribute, layer_attributes, layer_tag
+from ..layout import Stack, TensorLayout, layer_signatures
+from ..twin import meta_shapes
+from .analysis import Analysis, Writer
+from .moves import REFUSALS, Trace, deeper_configs
+from .probe import probe_inputs
+from .values import Value, base_name
+
+# Functions with f(0) = 0: a branch that is zero before them is zero behind them.
+ZERO_AT_ZERO = {
+    "gelu",
+    "silu",
+    "relu",
+    "tanh",
+    "leaky_relu",
+    "elu",
+    "hardtanh",
+    "clamp",
+    "square",
+    "mish",
+    "hardswish",
+}
+IDENTITY_TOLERANCE = 1e-5
+
+
+def find_stacks(base: Trace, model_class: type[PreTrainedModel]) -> list[Stack]:
+    """All stacks of a model whose depth an attribute sets, the main one first."""
+    config = base.config
+    lists = {
+        name: module
+        for name, module in base.model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module)
+    }
+    shapes = meta_shapes(model_class, config)
+    found: list[Stack] = []
+    claimed: set[str] = set()
+    for path in layer_attributes(config):
+        layers = get_attribute(config, path)
+        candidates = [name for name, module in lists.items() if len(module) == layers and name not in claimed]
+        if not candidates:
+            continue
+        grown = _deeper(model_class, config, path, layers)
+        if grown is None:
+            continue
+        new = set(grown) - set(shapes)
+        stacks = [name for name in candidates if any(re.match(re.escape(name) + rf"\.{layers}(\.|$)", n) for n in new)]
+        if not stacks:
+            continue
+        lost = sorted(set(shapes) - set(grown))
+        for name in stacks:
+            claimed.add(name)
+            reason = f"more layers would drop {lost[0]}" if lost else ""
+            found.append(
+                Stack(f"{name}.{{i}}", path, reason=reason) if lost else _stack(base, name, path, lists[name])
+            )
+    return found
+
+
+def layer_axes(base: Trace, model_class: type[PreTrainedModel]) -> dict[tuple[str, int], str]:
+    """Axes with one part for each layer, outside of layers: the attribute that counts them."""
+    shapes = meta_shapes(model_class, base.config)
+    found = {}
+    for path in layer_attributes(base.config):
+        grown = _deeper(model_class, base.config, path, get_attribute(base.config, path)) or {}
+        for name, shape in shapes.items():
+            for axis, (before, after) in enumerate(zip(shape, grown.get(name, shape), strict=True)):
+                if before != after:
+                    found[name, axis] = path
+    return found
+
+
+def _deeper(model_class, config, path, layers) -> dict | None:
+    """Shapes with more layers: one more, or twice as many where a pattern needs it."""
+    for resized in deeper_configs(config, path, layers):
+        try:
+            return meta_shapes(model_class, resized)
+        except REFUSALS:
+            continue
+    return None
+
+
+def _stack(base: Trace, name: str, path: str, modules: Iterable[nn.Module]) -> Stack:
+    prefix = f"{name}.{{i}}"
+    ends: set[str] = set()
+    gates: set[str] = set()
+    found: dict[int, tuple[set[str], list[tuple[str, ...]], set[str]]] = {}
+    problem = ""
+    template = lambda n: re.sub(rf"^{re.escape(name)}\.\d+", prefix, n)  # noqa: E731
+    for k, _ in enumerate(modules):
+        stream = _stream(*base.tape.calls.get(f"{name}.{k}", ([], [])))
+        if stream is None:
+            continue  # skipped under these inputs (a cross-attention without an image): its kind is not for new layers
+        refusal, mine, norms, own_gates = _layer_ends(base.analysis, *stream)
+        outside = [n for n in sorted(mine | own_gates) if not n.startswith(f"{name}.{k}.")]
+        if outside:
+            refusal = f"{outside[0]} is shared with other layers"
+        if refusal:
+            problem = f"{name}.{k}: {refusal}"
+            continue
+        found[k] = mine, [tuple(template(n) for n in norm) for norm in norms], own_gates
+    if not found:
+        return Stack(prefix, path, reason=problem or "no layer returns a stream like the one that it is given")
+    # Layers that differ from the last (a first one with a norm of its own) are not for copying.
+    last = max(k for k, _ in enumerate(modules))
+    if last not in found:
+        return Stack(prefix, path, reason=problem or f"{name}.{last} was not run")
+    usual = found[last][1]
+    good = {k for k, f in found.items() if f[1] == usual}
+    for k in good:
+        ends |= {template(n) for n in found[k][0]}
+        gates |= {template(n) for n in found[k][2]}
+    special = len(good) <= last
+    stack = Stack(
+        prefix, path, tuple(sorted(ends)), tuple(usual), tuple(sorted(gates)), append=special, special=special
+    )
+    refusal = _tried(base, stack, name, good)
+    return Stack(prefix, path, reason=refusal) if refusal else stack
+
+
+def _stream(read: list[Value], made: list[Value]) -> tuple[Value, Value] | None:
+    """The stream that enters a layer and the one that leaves it."""
+    for value in read:
+        for out in made:
+            if value.tensor.is_floating_point() and value.tensor.shape == out.tensor.shape and value.tensor.ndim > 1:
+                return value, out
+    return None
+
+
+def _layer_ends(
+    analysis: Analysis, entry: Value, leaving: Value
+) -> tuple[str, set[str], list[tuple[str, ...]], set[str]]:
+    """What must be zero for a layer to return what it was given.
+
+    Returns:
+        (what is in the way, names of the ends, norms of the stream for post-norm layers, names of gates of the stream).
+    """
+    atoms = {atom for dim in entry.dims[-1:] for atom in dim.term.atoms()}
+    ends: set[str] = set()
+    norms: list[tuple[str, ...]] = []
+    value = leaving
+    for _ in range(8):
+        writers = list(analysis.writers(value, atoms, {id(entry)}))
+        gates = analysis.identity_gates(value, entry)
+        if gates is not None:
+            for writer in _past_gates(analysis, writers, gates, atoms, entry):
+                found = _zeros(analysis, writer, atoms, 0)
+                if found is None:
+                    return f"{writer.kind} at {writer.node} ends a branch", set(), [], set()
+                ends |= found
+            return "", ends, norms[::-1], gates
+        gains = [w for w in writers if w.kind == "gain" and w.reads is not None]
+        if len(gains) != 1:
+            return f"its output is no sum with its input ({[str(w.node) for w in writers][:3]})", set(), [], set()
+        norm = gains[0]
+        biases = [w for w in writers if w.kind == "write" and (w.node is norm.node or _follows(w, norm))]
+        for writer in writers:
+            if writer is norm or writer in biases:
+                continue
+            found = _zeros(analysis, writer, atoms, 0)
+            if found is None:
+                return f"{writer.kind} at {writer.node} ends a branch", set(), [], set()
+            ends |= found
+        norms.append(tuple(dict.fromkeys(p[0] for w in (norm, *biases) for p in w.places)))
+        value = norm.reads  # type: ignore[assignment]
+    return "its stream could not be followed", set(), [], set()
+
+
+def _past_gates(analysis: Analysis, writers, gates: set[str], atoms, entry: Value, depth: int = 0):
+    """The writers that end branches: what multiplies the stream itself is passed, the stream is left out."""
+    for writer in writers:
+        if writer.kind == "stop":
+            continue
+        if {place[0] for place in writer.places} & gates and writer.reads is not None and depth < 12:
+            inner = analysis.writers(writer.reads, atoms, {id(entry)})
+            yield from _past_gates(analysis, inner, gates, atoms, entry, depth + 1)
+        else:
+            yield writer
+
+
+def _follows(bias: Writer, norm: Writer) -> bool:
+    return bias.node is not None and norm.node is not None and bias.node.scope == norm.node.scope
+
+
+def _zeros(analysis: Analysis, writer: Writer, atoms, depth: int) -> set[str] | None:
+    """Parameters whose zeros make one end of a walk zero; None where there are none."""
+    if depth > 12:
+        return None
+    if writer.kind in ("write", "gain", "table"):
+        return {name for name, _ in writer.places} if writer.kind != "table" else None
+    options: tuple[Value, ...] = writer.operands
+    if writer.kind == "blocked":
+        name = base_name(writer.node) if writer.node is not None else ""
+        if writer.reads is None or not (
+            name in ZERO_AT_ZERO or writer.node and id(writer.node) in analysis.normalising
+        ):
+            return None
+        options = (writer.reads,)
+    for operand in options:
+        found: set[str] = set()
+        for inner in analysis.writers(operand, atoms):
+            zeros = _zeros(analysis, inner, atoms, depth + 1)
+            if zeros is None:
+                break
+            found |= zeros
+        else:
+            if found:
+                return found
+    return None
+
+
+def _tried(base: Trace, stack: Stack, name: str, layers: set[int]) -> str:
+    """Run the probe with the branch ends zeroed: what is wrong with the claim, if anything."""
+    model = base.model
+    tensors: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
+    saved: dict[str, Tensor] = {}
+
+    def fill(template: str, number: float) -> None:
+        for k in range(len(model.get_submodule(name))):  # type: ignore[arg-type]
+            full = template.replace("{i}", str(k))
+            if full in tensors and full not in saved:
+                saved[full] = tensors[full].detach().clone()
+                uses = [use for a in range(tensors[full].ndim) for use in base.analysis.gains.get((full, a), ())]
+                tensors[full].data.fill_(number - next((offset for *_, offset in uses if offset), 0.0))
+
+    for template in stack.branch_ends:
+        fill(template, 0.0)
+    for template in stack.gates:
+        fill(template, 1.0)
+    for norm in stack.post_norms:
+        for position, template in enumerate(norm):
+            fill(template, 0.0 if position else 1.0)
+    problems: list[str] = []
+
+    def check(module, args, kwargs, output):
+        given = next((t for t in [*args, *kwargs.values()] if isinstance(t, Tensor) and t.is_floating_point()), None)
+        made = output if isinstance(output, Tensor) else next((t for t in output if isinstance(t, Tensor)), None)
+        if given is None or made is None or given.shape != made.shape:
+            problems.append("a layer returns another shape than it is given")
+            return
+        expected = given
+        if stack.post_norms:
+            expected = (given - given.mean(-1, keepdim=True)) / given.var(-1, unbiased=False, keepdim=True).sqrt()
+            error = min(
+                float((made - e).abs().max() / e.abs().max())
+                for e in (expected, given / given.square().mean(-1, keepdim=True).sqrt())
+            )
+            if error > 1e-2:
+                problems.append(
+                    f"with its branch ends zero a layer is no norm of its input: they differ by {error:.0e}"
+                )
+            return
+        error = float((made - expected).abs().max() / expected.abs().max())
+        if error > IDENTITY_TOLERANCE:
+            problems.append(f"with its branch ends zero a layer still changes its input by {error:.0e}")
+
+    modules = list(model.get_submodule(name))  # type: ignore[call-overload]
+    handles = [modules[k].register_forward_hook(check, with_kwargs=True) for k in layers]
+    try:
+        with torch.no_grad():
+            model(**probe_inputs(model))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for full, tensor in saved.items():
+            tensors[full].data.copy_(tensor)
+    return problems[0] if problems else ""
+
+
+def merge_layers(
+    tensors: Mapping[str, TensorLayout], stacks: Iterable[Stack], config: PreTrainedConfig
+) -> dict[str, TensorLayout]:
+    """Layouts by templated name: one entry where all layers agree, else one for each kind of layer.
+
+    A kind is a layer's entries in the config's per-layer lists; a last layer may differ from all others.
+    """
+    merged: dict[str, TensorLayout] = {}
+    groups: dict[str, dict[int, TensorLayout]] = {}
+    owner: dict[str, Stack] = {}
+    for name, layout in tensors.items():
+        for stack in stacks:
+            prefix = stack.prefix.split("{i}")[0]
+            match = re.match(re.escape(prefix) + r"(\d+)(?=\.|$)", name)
+            if match:
+                template = stack.prefix + name[match.end() :]
+                groups.setdefault(template, {})[int(match.group(1))] = layout
+                owner[template] = stack
+                break
+        else:
+            merged[name] = layout
+    for template, by_layer in groups.items():
+        stack = owner[template]
+        last = get_attribute(config, stack.attribute) - 1
+        first = next(iter(by_layer.values()))
+        if all(layout == first for layout in by_layer.values()):
+            merged[template] = first
+            continue
+        tagged = _tagged(by_layer, stack, config, layer_signatures(tensors, stacks), last)
+        merged |= {template.replace("{i}", f"{{i:{tag}}}" if tag else "{i}"): t for tag, t in tagged.items()}
+    return merged
+
+
+def _tagged(
+    by_layer: Mapping[int, TensorLayout],
+    stack: Stack,
+    config: PreTrainedConfig,
+    signatures: Mapping[str, str],
+    last: int,
+) -> dict[str, TensorLayout]:
+    """One tensor's layouts by what tells its layers apart: the tensors beside it, the config's word, or being the last."""
+
+    def beside(k: int) -> str:
+        return "@" + signatures[stack.prefix.replace("{i}", str(k))]
+
+    def says(k: int) -> str:
+        return layer_tag(config, stack.attribute, k)
+
+    def place(k: int) -> str:
+        return "last" if k == last else ""
+
+    tagged: dict[str, TensorLayout] = {}
+    for tag_of in (beside, says, place, lambda k: says(k) + beside(k)):
+        tagged = {}
+        if all(tagged.setdefault(tag_of(k), layout) == layout for k, layout in by_layer.items()):
+            break
+    return tagged
