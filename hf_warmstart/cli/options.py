@@ -1,0 +1,84 @@
+"""What commands share: the options that say what to grow, and ways to write results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+
+from ..errors import WarmstartError
+
+WIDTH = 110  # of tables that go to a file or a pipe
+
+
+def add_growth_options(parser: argparse.ArgumentParser) -> None:
+    """The options that become a `GrowthConfig`."""
+    growth = parser.add_argument_group("what to grow")
+    growth.add_argument("--width", type=float, metavar="X", help="multiplies hidden size, MLP units and heads")
+    growth.add_argument("--depth", type=float, metavar="X", help="multiplies the number of layers")
+    growth.add_argument("--growth-factor", type=float, metavar="X", help="multiplies the number of parameters")
+    growth.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a size by its transformers name (hidden_size=768) or a field of GrowthConfig (width_operator=uneven_copy)",
+    )
+
+
+def growth_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The growth options as keywords of `plan_growth` and `certify`.
+
+    Raises:
+        WarmstartError: `--set` without a name and a value, or twice the same name.
+    """
+    given: dict[str, Any] = {
+        name: value for name in ("width", "depth", "growth_factor") if (value := getattr(options, name)) is not None
+    }
+    problems = []
+    for text in options.set:
+        name, equals, value = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not name or not value.strip():
+            problems.append(f"--set {text!r} is not NAME=VALUE")
+        elif name in given:
+            problems.append(f"{name} is given twice")
+        else:
+            given[name] = _value(value.strip())
+    if problems:
+        raise WarmstartError("; ".join(problems) + ".")
+    return given
+
+
+def _value(text: str) -> Any:
+    """A value of `--set`: a number, a JSON value, or the text itself."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def write_json(data: Any) -> None:
+    """Strict JSON on stdout; numbers that are not finite are written as text."""
+    sys.stdout.write(json.dumps(_plain(data), indent=2, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def console(stderr: bool = False) -> Console:
+    """Where people read: as wide as the terminal, or `WIDTH` where there is none."""
+    made = Console(stderr=stderr, highlight=False)
+    return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=max(made.width, WIDTH))
