@@ -1,0 +1,161 @@
+"""Any architecture: what transformers ships is exact or refused with a reason, and the layouts on file are fresh."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from transformers import __version__ as transformers_version
+
+from hf_warmstart import GrowthConfig, WarmstartError, certify, grow, plan_growth
+from hf_warmstart.errors import SizeError
+from hf_warmstart.growth import zoo
+from hf_warmstart.growth.layout import Layout
+from hf_warmstart.growth.layouts import cache, layout_of, lookup, regenerate
+from hf_warmstart.growth.layouts.probe import probe_config
+from hf_warmstart.growth.plan import make_plan
+from hf_warmstart.growth.zoo import Status, certify_type, entries, source_of
+
+from ..models import tiny_config, tiny_model
+
+ACROSS = [
+    ("causal-lm", "deepseek_v3"),  # latent attention, groups of experts
+    ("causal-lm", "mamba2"),
+    ("causal-lm", "qwen3_next"),  # gated delta rule beside attention
+    ("causal-lm", "bloom"),  # ALiBi: heads stay, their inside grows
+    ("causal-lm", "gpt_oss"),  # interleaved gates
+    ("causal-lm", "falcon"),  # one key/value head in a fused projection
+    ("causal-lm", "gemma4_text"),  # per-layer embeddings, layers of two sizes
+    ("causal-lm", "minicpm3"),  # numbers that depend on width and depth
+    ("masked-lm", "bert"),
+    ("seq2seq-lm", "t5"),
+    ("image-classification", "vit"),
+    ("speech-seq2seq", "whisper"),
+]
+REFUSED = [
+    ("causal-lm", "ctrl", {"width": 2}, "constant at"),  # sinusoids in the stream
+    ("causal-lm", "xglm", {"width": 2}, "constant at"),
+    ("masked-lm", "fnet", {"width": 2}, "_fft_c2c"),
+    ("causal-lm", "mamba2", {"width": 1.5}, "whole factors .a norm over units"),
+    ("causal-lm", "bert", {"width": 1.5}, "whole factors"),
+    ("causal-lm", "gpt_neox_japanese", {"depth": 2}, "more layers would drop"),
+    ("causal-lm", "beam", {"depth": 2}, "cannot be an identity"),
+]
+
+
+@pytest.mark.parametrize(("kind", "model_type"), ACROSS, ids=[name for _, name in ACROSS])
+def test_families_of_every_sort_are_exact_in_width_two(kind, model_type):
+    model_class, config = source_of(kind, model_type)
+    made = zoo.certify_growth(model_class, probe_config(config), zoo.SUITE[0])
+    assert made.status is Status.EXACT, made
+
+
+@pytest.mark.parametrize(("kind", "model_type", "options", "words"), REFUSED, ids=[row[1] for row in REFUSED])
+def test_what_cannot_grow_is_refused_with_the_place_in_the_model(kind, model_type, options, words):
+    model_class, config = source_of(kind, model_type)
+    with pytest.raises(WarmstartError, match=words):
+        make_plan(model_class, probe_config(config), GrowthConfig(**options))
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "mixtral", "t5", "vit"])
+def test_layouts_on_file_are_what_the_package_derives(model_type):
+    assert (cache.FOLDER / f"{model_type}.json").read_text() == regenerate.family(model_type)
+
+
+@pytest.mark.slow
+def test_all_layouts_on_file_are_what_the_package_derives():
+    stale = [
+        path.stem for path in sorted(cache.FOLDER.glob("*.json")) if path.read_text() != regenerate.family(path.stem)
+    ]
+    assert stale == []
+
+
+def test_layouts_on_file_survive_reading_and_writing():
+    for path in sorted(cache.FOLDER.glob("*.json")):
+        for entry in json.loads(path.read_text())["layouts"]:
+            assert Layout.from_data(entry["layout"]).to_data() == entry["layout"], path.name
+
+
+def test_a_known_family_derives_nothing(monkeypatch):
+    def never(*args):
+        raise AssertionError("derived")
+
+    monkeypatch.setattr(lookup, "derived", never)
+    monkeypatch.setattr(lookup, "_known", {})
+    config = tiny_config("llama", num_key_value_heads=2, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    assert layout_of(type(tiny_model("llama")), config).model_type == "llama"
+
+
+def test_files_written_for_another_transformers_are_not_used(monkeypatch):
+    monkeypatch.setattr(cache, "transformers_version", transformers_version + ".other")
+    cache._entries.cache_clear()
+    try:
+        assert cache.read(type(tiny_model("gpt2")), tiny_config("gpt2")) is None
+    finally:
+        monkeypatch.undo()
+        cache._entries.cache_clear()
+
+
+@pytest.mark.slow
+def test_every_causal_language_model_is_exact_or_refused_with_a_reason():
+    rows = [certify_type(kind, name) for kind, name in entries(["causal-lm"])]
+    wrong = [r for r in rows for g in r.results if g.status is Status.NOT_EXACT or g.unexpected]
+    assert [row.model_type for row in wrong] == []
+    for row in rows:
+        for growth in row.results:
+            assert growth.status is not Status.REFUSED or growth.reason, row.model_type
+    exact = {
+        g.name: sum(r.status is Status.EXACT for row in rows for r in row.results if r.growth == g.name)
+        for g in zoo.SUITE
+    }
+    assert sum(not row.cannot_build for row in rows) >= 180
+    assert exact["width 2"] >= 175
+
+
+# -- more growth -----------------------------------------------------------------------------------------------------
+
+
+def test_key_value_heads_grow_alone_and_every_query_keeps_its_keys():
+    for family in ("llama", "phi3"):  # apart, and in one fused matrix
+        config = tiny_config(family, num_attention_heads=4, num_key_value_heads=2)
+        plan = plan_growth(config, num_key_value_heads=4)
+        assert plan.target_config.num_attention_heads == 4
+        certificate = certify(config, num_key_value_heads=4)
+        assert certificate.exact and certificate.frozen == {}, certificate
+
+
+@pytest.mark.parametrize("operator", ["perturbed_copy", "reference_slice"])
+def test_the_inside_of_rotated_heads_grows_by_whole_factors(operator):
+    certificate = certify(tiny_config("llama"), head_dim=32, width_operator=operator)
+    assert certificate.exact and certificate.frozen == {}, certificate
+    with pytest.raises(SizeError, match="whole factors, where its angles nest"):
+        plan_growth(tiny_config("llama"), head_dim=24)
+
+
+def test_intermediate_size_grows_alone_by_any_amount():
+    certificate = certify(tiny_config("llama"), intermediate_size=101, width_operator="reference_slice")
+    assert certificate.exact and certificate.frozen == {}, certificate
+
+
+def test_more_experts_take_as_many_times_more_tokens():
+    config = tiny_config("mixtral")
+    plan = plan_growth(config, num_local_experts=8)
+    assert plan.target_config.num_experts_per_tok == 2 * config.num_experts_per_tok
+    assert certify(config, num_local_experts=8).exact
+    with pytest.raises(SizeError, match="whole factor"):
+        plan_growth(config, num_local_experts=6)
+
+
+def test_new_tokens_and_positions_leave_old_logits_alone():
+    assert certify(tiny_config("llama"), vocab_size=120).exact
+    assert certify(tiny_config("gpt2"), vocab_size=120, n_positions=96).exact
+    child = grow(tiny_model("llama"), vocab_size=120)
+    assert child.get_input_embeddings().weight.shape[0] == child.config.vocab_size == 120
+
+
+def test_layers_of_a_masked_language_model_are_added_up_to_its_norms_eps():
+    model_class, config = source_of("masked-lm", "bert")
+    depth = next(g for g in zoo.SUITE if g.name == "depth 2")
+    made = zoo.certify_growth(model_class, probe_config(config), depth)
+    assert made.status is Status.POST_NORM
+    assert made.relative_error < 1e-9
