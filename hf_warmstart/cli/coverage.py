@@ -164,23 +164,31 @@ def as_data(rows: Sequence[TypeResult], command: str) -> dict[str, Any]:
 
 
 def coverage_line(rows: Sequence[TypeResult], link: str = "") -> str:
-    """The README's figure, on one line: exact in width 2 and in depth 2, of what can be built, kind by kind."""
-    width, depth = SUITE[0].name, SUITE[-1].name
+    """The README's figure: what is exact of what runs, kind by kind, as a small table."""
     found = {(count.kind, count.growth): count for count in counts(rows)}
-    kinds = [kind for kind in KINDS if (kind, width) in found]
-    parts = []
+    names = [growth.name for growth in SUITE]
+    kinds = [kind for kind in KINDS if (kind, names[0]) in found]
+    lines = [
+        f"Types of transformers {transformers.__version__}, default configs; exact in float64, of those that run:",
+        "",
+        f"| kind | types that run | {' | '.join(names)} | {names[-1]}, up to a norm's eps |",
+        "|---|--:|" + "--:|" * (len(names) + 1),
+    ]
     for kind in kinds:
-        wide, deep = found[kind, width], found[kind, depth]
-        partial = len(entries([kind])) - wide.types
-        note = f", {partial} not run" if partial else ""
-        parts.append(f"{kind} {wide.exact} / {deep.exact} / {deep.post_norm} of {wide.built}{note}")
+        row = [found[kind, name] for name in names]
+        missing = len(entries([kind])) - row[0].types
+        note = f" ({missing} not asked)" if missing else ""
+        figures = " | ".join(str(count.exact) for count in row)
+        lines.append(f"| {kind} | {row[0].built}{note} | {figures} | {row[-1].post_norm} |")
     wrong = len(not_exact(rows))
+    outcome = f"{wrong}; `grow` raises there" if wrong else "none"
     where = f" ([every type]({link}))" if link else ""
-    return (
-        f"Types of transformers {transformers.__version__} that grow exactly in {width} / exactly in {depth} / "
-        f"approximately in {depth}, since each layer ends in a norm, of those that can be built: {'; '.join(parts)}. "
-        f"Growths planned as exact and measured otherwise: {wrong or 'none'}. Measured by `hf-warmstart certify --all`{where}."
-    )
+    lines += [
+        "",
+        f"All others are refused with the reason. Growths planned as exact and measured otherwise: {outcome}. Measured by "
+        f"`hf-warmstart certify --all`{where}.",
+    ]
+    return "\n".join(lines)
 
 
 def check_markers(readme: Path) -> str:

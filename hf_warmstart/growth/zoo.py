@@ -289,6 +289,8 @@ def _judged(growth: Growth, plan: GrowthPlan, made: Certificate) -> GrowthResult
     if growth.whole:
         checks["reload"] = made.reload_ok
     agree = made.max_relative_error < TOLERANCE and made.max_pullback_error < TOLERANCE
+    if not made.ran:  # what cannot be certified is not called exact, nor wrong
+        return GrowthResult(growth.name, Status.REFUSED, f"not certified: {' '.join(made.reason.split())}")
     if plan.exact and agree and all(checks.values()):
         status, reason = Status.EXACT, ""
     elif plan.exact:

@@ -60,7 +60,7 @@ def test_two_types_end_to_end(tmp_path, capsys):
     shown = readme.read_text()
     assert shown.startswith(f"# Title\n\n{coverage.BEGIN}\nTypes of transformers ")
     assert shown.endswith(f"([every type](architectures.md)).\n{coverage.END}\n\nThe end.\n")
-    assert "causal-lm 2 / 2 / 0 of 2, " in shown
+    assert "| causal-lm | 2 (187 not asked) | 2 | 2 | 2 | 2 | 0 |" in shown
     assert "Growths planned as exact and measured otherwise: none." in shown
 
 

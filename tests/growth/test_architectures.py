@@ -57,6 +57,13 @@ def test_what_cannot_grow_is_refused_with_the_place_in_the_model(kind, model_typ
         make_plan(model_class, probe_config(config), GrowthConfig(**options))
 
 
+def test_a_class_that_does_not_run_its_twin_is_not_certified_rather_than_wrong():
+    """Reformer asks for training mode before it takes a gradient."""
+    model_class, config = source_of("causal-lm", "reformer")
+    made = zoo.certify_growth(model_class, probe_config(config), zoo.SUITE[0])
+    assert made.status is Status.REFUSED and made.reason.startswith("not certified: the twins do not run"), made
+
+
 @pytest.mark.parametrize("model_type", ["gpt2", "mixtral", "t5", "vit"])
 def test_layouts_on_file_are_what_the_package_derives(model_type):
     assert (cache.FOLDER / f"{model_type}.json").read_text() == regenerate.family(model_type)
