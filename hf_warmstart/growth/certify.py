@@ -300,7 +300,7 @@ def _attempt(model: PreTrainedModel, inputs: Mapping[str, Any], attention: str |
             model.set_attn_implementation(attention)
         output = _run(model, inputs)
         return output if bool(output.isfinite().all()) else None
-    except (ValueError, RuntimeError, TypeError, KeyError, NotImplementedError, AttributeError, IndexError):
+    except REFUSALS:
         return None  # a way that the parent's class does not go is no way to compare
     finally:
         if attention is not None:
@@ -322,7 +322,7 @@ def _cached(model: PreTrainedModel, inputs: Mapping[str, Any], argument: str) ->
             outputs = model(input_ids=ids[:, k : k + 1], use_cache=True, **{argument: cache}, **rest)
             seen.append(output_of(outputs)[:, -1:])
         return torch.cat(seen, 1)
-    except (ValueError, RuntimeError, TypeError, KeyError, NotImplementedError, AttributeError, IndexError):
+    except REFUSALS:
         return None
 
 

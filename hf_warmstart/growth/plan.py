@@ -15,21 +15,22 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import LayoutError, SizeError, WarmstartError
+from ..errors import SizeError, WarmstartError
 from ..version import __version__
-from .axes import SCALE, axis_from_data
+from .axes import SCALE
+from .child import built_child
 from .config import GrowthConfig
 from .configs import config_dtype, get_attribute, resize_config
 from .fresh import Recipe, recipes
 from .layerwise import marks
-from .layout import Layout, SpaceInfo, Stack, TensorLayout
+from .layout import Layout, Stack, TensorLayout
 from .layouts import layout_of
 from .layouts.moves import measured_scalar
 from .layouts.probe import probe_config, set_dtype
 from .maps import LayerMap, SpaceMap
-from .operators import DEPTH_OPERATORS, WIDTH_OPERATORS, WidthOperator
-from .operators.base import copy_map, even
-from .sizes import Sizes, TargetSizes, regrouping, resolve_sizes
+from .operators import DEPTH_OPERATORS, WIDTH_OPERATORS
+from .sizes import TargetSizes, resolve_sizes
+from .space_maps import layer_axis, space_maps
 from .transform import TensorGrowth
 from .twin import meta_shapes
 
@@ -288,18 +289,10 @@ def make_plan(
     target = resolve_sizes(layout, config, before, asked, count)
     operator = WIDTH_OPERATORS[asked.width_operator]
     _check_numbers(layout, target)
-    maps = {
-        name: _space_map(operator, name, info, before[name], target, asked)
-        if before[name] != target.spaces[name]
-        else SpaceMap.identity(before[name])
-        for name, info in layout.spaces.items()
-        if info.kind != "layers" and name not in (regrouping(before, target.spaces) or ())
-    }
-    if pair := regrouping(before, target.spaces):
-        maps |= _regrouped(pair, before, target.spaces)
-    grown_config, layer_maps, target_shapes = _grown(model_class, layout, config, target, asked, shapes)
+    maps = space_maps(layout, before, target, asked)
+    grown_config, layer_maps, target_shapes = built_child(model_class, layout, config, target, asked, shapes)
     maps |= {
-        name: _layer_axis(layer_maps[info.attributes[0]])
+        name: layer_axis(layer_maps[info.attributes[0]])
         for name, info in layout.spaces.items()
         if info.kind == "layers"
     }
@@ -356,190 +349,6 @@ def _counter(layout: Layout, config: PreTrainedConfig, shapes: Mapping[str, tupl
         return round(total)
 
     return count
-
-
-def _layer_axis(layer_map: LayerMap) -> SpaceMap:
-    """The map of an axis with one part for each layer (per-layer embeddings): new layers' parts are not read yet."""
-    read = torch.tensor([0.0 if gated else 1.0 for gated in layer_map.gated], dtype=torch.float64)
-    return SpaceMap.build(layer_map.before, layer_map.source, 1.0, read)
-
-
-def _rotary_map(name: str, info: SpaceInfo, before: int, target: TargetSizes) -> SpaceMap:
-    """The map of the inside of rotated heads.
-
-    Angles of width n are among those of width c n, at every c-th place (theta^(-2i/n) = theta^(-2ic/(cn))), so old pairs
-    keep their angles there. New coordinates of queries are zero, those of keys are fresh. Both sides take the square root
-    of what the scores' factor changes by.
-    """
-    after = target.spaces[name]
-    if after % before:
-        raise SizeError(
-            f"The inside of rotated heads ({name}) can only grow by whole factors, where its angles nest: {before} -> {after}."
-        )
-    form, sizes = info.inside
-    ratio = after // before
-    maps = {}
-    for part, size in sizes:
-        n = size * before // info.size
-        source = torch.full((n * ratio,), -1)
-        source[torch.arange(n) * (ratio if part == "rotated" else 1)] = torch.arange(n)
-        maps[part] = SpaceMap.build(n, source)
-    nested = axis_from_data(form).map(maps)
-    factor = 2.0 ** (-sum(target.steps[number] * power for number, power in info.scale) / 2)
-    return nested.scaled(factor)
-
-
-def _regrouped(pair: tuple[str, str], before: Sizes, after: Sizes) -> dict:
-    """Maps where key/value heads are copied for smaller groups: query heads stay, each finds its keys where they were."""
-    heads, _ = pair
-    copies = after[heads] // before[heads]
-    return {
-        heads: SpaceMap.build(before[heads], torch.arange(after[heads]) // copies, 1.0, 1.0 / copies),
-        pair: SpaceMap.identity(before[heads] * before[pair[1]]),
-    }
-
-
-def _space_map(
-    operator: WidthOperator, name: str, info: SpaceInfo, before: int, target: TargetSizes, asked: GrowthConfig
-) -> SpaceMap:
-    """The map of one space, by the operator or by what its kind asks for."""
-    after = target.spaces[name]
-    if info.kind == "contracted":
-        # Both sides of the product are written alike: f^2 copies (s'/s) = 1 for scores multiplied by s.
-        source = torch.arange(after) % before
-        copies = torch.bincount(source, minlength=before)[source].double()
-        change = 2.0 ** sum(target.steps[number] * power for number, power in info.scale)
-        factor = (1 / (copies * change)).sqrt()
-        return SpaceMap.build(before, source, factor, 1 / (copies * factor))
-    if info.kind == "rotary":
-        return _rotary_map(name, info, before, target)
-    if info.kind == "indexed":
-        # Appended rows: nothing that was looked up before changes, and nothing new has to be silent.
-        return SpaceMap.build(
-            before, torch.where(torch.arange(after) < before, torch.arange(after), -1), silent="none"
-        )
-    if info.kind == "experts":
-        return copy_map(before, after, "elementwise", even)
-    if info.kind != "whole":
-        return operator.build(before, after, info.kind, asked.options)
-    if after % before:
-        raise SizeError(
-            f"{name} can only grow by whole factors ({info.reason}): {before} -> {after}. Pass a multiple of {before}."
-        )
-    if operator.name == "reference_slice":
-        if name == "residual":
-            raise SizeError(
-                f"reference_slice cannot keep the function of this model ({info.reason}). Use perturbed_copy or uneven_copy."
-            )
-        return copy_map(before, after, "elementwise", even)
-    return operator.build(before, after, "elementwise", asked.options)
-
-
-def _grown(
-    model_class: type[PreTrainedModel],
-    layout: Layout,
-    config: PreTrainedConfig,
-    target: TargetSizes,
-    asked: GrowthConfig,
-    shapes: Mapping[str, tuple[int, ...]],
-) -> tuple[PreTrainedConfig, dict[str, LayerMap], dict[str, tuple[int, ...]]]:
-    """The child's config, the map of each stack, and the child's tensors as the class builds them.
-
-    Where new layers between old ones would shift a pattern that the class computes from a layer's number, they are
-    appended.
-
-    Raises:
-        SizeError: the class builds other tensors than planned, whichever way.
-    """
-    problems: list[str] = []
-    counts = {stack.attribute: get_attribute(config, stack.attribute) for stack in layout.stacks}
-    deepest = max((counts[path] for path in counts if target.layers[path] != counts[path]), default=0)
-    whole = () if any(stack.special for stack in layout.stacks) else (deepest,)
-    for period in (None, *whole, *range(1, deepest)) if deepest else (None,):
-        layer_maps: dict[str, LayerMap] = {}
-        for stack in layout.stacks:
-            before, after = counts[stack.attribute], target.layers[stack.attribute]
-            made = _layer_map(stack, asked, before, after, period)
-            if made is None:
-                break
-            layer_maps[stack.attribute] = made
-        else:
-            deeper = {path: m for path, m in layer_maps.items() if not m.is_identity}
-            try:
-                grown_config, built = _built(model_class, config, target, deeper)
-                problem = _mismatch(layout, grown_config, layer_maps, built, shapes, target.spaces)
-            except SizeError as error:
-                problem = str(error)
-            if not problem:
-                return grown_config, layer_maps, built
-            problems.append(problem)
-    raise SizeError(
-        problems[0] if problems else f"{model_class.__name__} has no stack of layers that could be deepened."
-    )
-
-
-def _layer_map(stack: Stack, asked: GrowthConfig, before: int, after: int, period: int | None) -> LayerMap | None:
-    """The map of one stack: by the operator; or, with a period, new layers at the end that repeat the last ones."""
-    if before == after:
-        return LayerMap.identity(before)
-    identity = asked.depth_operator == "identity_blocks"
-    if period is not None:
-        if not identity or period > before:
-            return None
-        new = tuple(before - period + k % period for k in range(after - before))
-        return LayerMap(before, (*range(before), *new), (False,) * before + (True,) * len(new))
-    if stack.reason and identity:
-        raise SizeError(
-            f"A new layer of {stack.prefix} cannot be an identity: {stack.reason}. Use depth_operator='stack' or 'interleave', "
-            "which do not keep the function."
-        )
-    if stack.append and identity:
-        return None
-    made = DEPTH_OPERATORS[asked.depth_operator].build(before, after)
-    if made.after != after:
-        raise SizeError(f"{asked.depth_operator} made {made.after} layers where {after} were asked for.")
-    return made
-
-
-def _built(
-    model_class: type[PreTrainedModel],
-    config: PreTrainedConfig,
-    target: TargetSizes,
-    layer_maps: Mapping[str, LayerMap],
-) -> tuple[PreTrainedConfig, dict[str, tuple[int, ...]]]:
-    """The child's config and tensors."""
-    grown = resize_config(config, target.attributes, layer_maps)
-    try:
-        return grown, meta_shapes(model_class, grown)
-    except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, AssertionError) as error:
-        raise SizeError(f"{model_class.__name__} cannot be built with {target.attributes}: {error}") from error
-
-
-def _mismatch(layout: Layout, config, layer_maps, built, shapes, sizes: Sizes) -> str:
-    """In words, how the class's tensors differ from those planned; empty where they do not."""
-    wrong = []
-    try:
-        placed = layout.placed(config, built)
-    except LayoutError as error:
-        return f"The target config builds other tensors than planned: {error}"
-    for name, shape in built.items():
-        template, stack, layer = layout.template(name)
-        source = name if stack is None else template.replace("{i}", str(layer_maps[stack.attribute].source[layer]))
-        if source not in shapes:
-            wrong.append(f"{name} has no source in the parent")
-            continue
-        expected = tuple(axis.size(sizes) for axis in placed[name].axes)
-        if expected != tuple(shape):
-            wrong.append(f"{name}: has {tuple(shape)}, the plan says {expected}")
-    planned = {
-        template.replace("{i}", str(k))
-        for template, stack, layer in (layout.template(name) for name in shapes)
-        if stack is not None
-        for k, source in enumerate(layer_maps[stack.attribute].source)
-        if source == layer
-    }
-    wrong += [f"{name} would be dropped" for name in planned - set(built)]
-    return "The target config builds other tensors than planned:\n" + "\n".join(sorted(wrong)[:12]) if wrong else ""
 
 
 def _check_target_config(asked: GrowthConfig, grown: PreTrainedConfig) -> None:
