@@ -123,16 +123,15 @@ def _show_summary(rows: Sequence[TypeResult], output: Path | None) -> None:
     """The counts for people, then what is wrong."""
     out = console()
     table = Table(box=None, padding=(0, 1), header_style="bold")
-    for name in ("kind", "growth"):
-        table.add_column(name, no_wrap=True)
+    table.add_column("growth", no_wrap=True)
     for name in ("types", "exact", "error", "post-norm", "error", "approx.", "refused", "not exact", "can't build"):
         table.add_column(name, justify="right", no_wrap=True)
     kind = ""
     for count in coverage.counts(rows):
-        if kind and count.kind != kind:
-            table.add_row()
-        table.add_row(*_cells(count, count.kind if count.kind != kind else ""))
-        kind = count.kind
+        if count.kind != kind:
+            kind = count.kind
+            table.add_row(f"[bold]{kind}[/]")
+        table.add_row(*_cells(count))
     out.print(table)
     if held_out := coverage.held_out_figure(rows):
         out.print(f"\n{escape(str(held_out))}")
@@ -145,13 +144,12 @@ def _show_summary(rows: Sequence[TypeResult], output: Path | None) -> None:
         out.print(f"\nEvery type and reason: {escape(str(output))}", soft_wrap=True)
 
 
-def _cells(count: Count, kind: str) -> list[str]:
+def _cells(count: Count) -> list[str]:
     def shown(number: int, style: str = "") -> str:
         return f"[{style}]{number}[/]" if number and style else str(number) if number else "[dim]0[/]"
 
     return [
-        kind,
-        count.growth,
+        f"  {count.growth}",
         str(count.types),
         shown(count.exact, "green"),
         figure(count.exact_error) if count.exact else "",
