@@ -8,7 +8,9 @@ One pass over the tape, forward, finds for every atom (see `terms`) the facts th
 | unit | a nonlinearity, or a product of two activations, on each coordinate | whole units with factor one |
 | batched | a batch axis of a product of two activations | heads: whole units |
 | contracted | two activations meet in it | as it is (inside of heads, states) |
-| constant, softmax, ordered, indexed, opaque, summed, l2 | a table of constants, a softmax, a sort ... | as it is |
+| constant, softmax, ordered, opaque, summed, l2 | a table of constants, a softmax, a sort ... | as it is |
+| kernel, input | the reach of a convolution, what the model is given | as it is |
+| indexed, scattered | looked up by number | rows appended, experts copied |
 | broken | a LayerNorm's output meets the raw stream, a gain meets a raw stream | whole copies only |
 
 and where the raw stream and its normalised image are, so that readers, gains and biases know what they touch. Backward

@@ -9,7 +9,7 @@ one space; each parameter axis writes or reads; and three modifiers are placed w
 - `Dual`: whatever produces the input of a head that is tied to the embedding table;
 - `Prenorm`: a projection whose whole output goes through one norm (q/k norms over all heads).
 
-Nothing in here knows a model type. What the pass cannot show is declared in `families/<model_type>.json`.
+Nothing in here knows a model type. What the pass does not understand keeps its size, in a space of its own that says why.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import LayoutError
 from ..axes import Axis, Concat, Dual, Fixed, Gain, Postnorm, Prenorm, Product, Query, Scaled, Space
-from ..layout import Kind, Layout, Role, TensorLayout, collect
+from ..layout import Kind, Layout, Role, TensorLayout
 from .modifiers import Modifiers
 from .moves import REFUSALS, Moves, Trace, leaves
 from .probe import probe_config
@@ -34,7 +34,7 @@ def derive_layout(model_class: type[PreTrainedModel], config: PreTrainedConfig) 
     """The layout of `model_class` under the switches of `config`, from nothing but the class; sizes do not matter.
 
     Raises:
-        LayoutError: the class's probe does not run, or tensors could not be placed (all are named).
+        LayoutError: the class's probe does not run; its own words are kept.
     """
     try:
         probe = probe_config(config)
@@ -60,19 +60,7 @@ class _Derivation:
         self.spaces = Spaces(model_class, base, moves, self.modifiers)
 
     def layout(self) -> Layout:
-        tensors: dict[str, TensorLayout] = {}
-        unplaced: list[str] = []
-        for name in self.base.tape.parameters:
-            placed = self._tensor(name)
-            if placed is None:
-                unplaced.append(f"{name} {tuple(self.moves.shapes[name])}")
-            else:
-                tensors[name] = placed
-        if unplaced:
-            raise LayoutError(
-                f"{self.model_class.__name__}: {len(unplaced)} tensors could not be placed in spaces:\n{collect(unplaced)}\n"
-                f"Declare them in growth/layouts/families/{self.base.config.model_type}.json."
-            )
+        tensors = {name: self._tensor(name) for name in self.base.tape.parameters}
         stacks = find_stacks(self.base, self.moves.model_class)
         merged = merge_layers(tensors, stacks, self.base.config)
         used = {space for tensor in merged.values() for axis in tensor.axes for space in axis.spaces()}
@@ -91,15 +79,13 @@ class _Derivation:
 
     # -- one tensor ------------------------------------------------------------------------------------------------------
 
-    def _tensor(self, name: str) -> TensorLayout | None:
+    def _tensor(self, name: str) -> TensorLayout:
         value = self.base.tape.parameters[name]
         axes: list[Axis] = []
         roles: list[Role] = []
         reached = bool(self.analysis.consumers[id(value)])
         for k in range(len(value.dims)):
             axis = self._axis(name, k) if reached else self._by_shape(name, k)
-            if axis is None:
-                return None
             axes.append(axis)
             found = self.roles.get((name, k), {"write"})
             roles.append("read" if found == {"read"} else "write")
@@ -109,7 +95,7 @@ class _Derivation:
         scale = self.modifiers.scales.get(name, {})
         return TensorLayout(tuple(axes), tuple(roles), offset, tuple(sorted(scale.items())))
 
-    def _by_shape(self, name: str, k: int) -> Axis | None:
+    def _by_shape(self, name: str, k: int) -> Axis:
         """An axis that the forward pass never touched: by how it moves, if one space moves just so."""
         size = self.moves.shapes[name][k]
         ratios = [move.shapes[name][k] / size for move in self.moves.found]

@@ -83,7 +83,6 @@ class Event:
 
 VIEWS = {"view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten"}
 SAME = {"clone", "contiguous", "_to_copy", "detach", "alias", "lift_fresh", "lift_fresh_copy", "positive"}
-LINEAR_UNARY = SAME | {"neg", "native_dropout"}
 ADDS = {"add", "sub", "rsub"}
 MULS = {"mul", "div"}
 # What acts on each entry alone though the framework does not say so.
