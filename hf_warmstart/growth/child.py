@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import LayoutError, SizeError
 from .config import GrowthConfig
 from .configs import get_attribute, resize_config
-from .layout import Layout, Stack
+from .layout import Layout, Stack, layer_signatures
 from .maps import LayerMap
 from .operators import DEPTH_OPERATORS
 from .sizes import Sizes, TargetSizes
@@ -27,20 +27,22 @@ def built_child(
     """The child's config, the map of each stack, and the child's tensors as the class builds them.
 
     Where new layers between old ones would shift a pattern that the class computes from a layer's number, they are
-    appended.
+    appended. New layers copy only layers that the layout says they may, and follow those.
 
     Raises:
         SizeError: the class builds other tensors than planned, whichever way.
     """
     problems: list[str] = []
     counts = {stack.attribute: get_attribute(config, stack.attribute) for stack in layout.stacks}
+    signatures = layer_signatures(shapes, layout.stacks)
     deepest = max((counts[path] for path in counts if target.layers[path] != counts[path]), default=0)
     whole = () if any(stack.special for stack in layout.stacks) else (deepest,)
     for period in (None, *whole, *range(1, deepest)) if deepest else (None,):
         layer_maps: dict[str, LayerMap] = {}
         for stack in layout.stacks:
             before, after = counts[stack.attribute], target.layers[stack.attribute]
-            made = _layer_map(stack, asked, before, after, period)
+            able = [k for k in range(before) if stack.may_copy(k, signatures)]
+            made = _layer_map(stack, asked, after, period, before, able)
             if made is None:
                 break
             layer_maps[stack.attribute] = made
@@ -59,8 +61,13 @@ def built_child(
     )
 
 
-def _layer_map(stack: Stack, asked: GrowthConfig, before: int, after: int, period: int | None) -> LayerMap | None:
-    """The map of one stack: by the operator; or, with a period, new layers at the end that repeat the last ones."""
+def _layer_map(
+    stack: Stack, asked: GrowthConfig, after: int, period: int | None, before: int, able: Sequence[int]
+) -> LayerMap | None:
+    """The map of one stack: by the operator; or, with a period, new layers at the end that repeat the last ones.
+
+    None where there is no such map: new layers copy layers of `able` alone.
+    """
     if before == after:
         return LayerMap.identity(before)
     identity = asked.depth_operator == "identity_blocks"
@@ -68,6 +75,8 @@ def _layer_map(stack: Stack, asked: GrowthConfig, before: int, after: int, perio
         if not identity or period > before:
             return None
         new = tuple(before - period + k % period for k in range(after - before))
+        if not set(new) <= set(able):
+            return None
         return LayerMap(before, (*range(before), *new), (False,) * before + (True,) * len(new))
     if stack.reason and identity:
         raise SizeError(
@@ -76,10 +85,12 @@ def _layer_map(stack: Stack, asked: GrowthConfig, before: int, after: int, perio
         )
     if stack.append and identity:
         return None
+    if identity and not able:
+        raise SizeError(f"None of the {before} layers {stack.prefix} is of the kind that a new layer may copy.")
     made = DEPTH_OPERATORS[asked.depth_operator].build(before, after)
     if made.after != after:
         raise SizeError(f"{asked.depth_operator} made {made.after} layers where {after} were asked for.")
-    return made
+    return made.copying(able) if identity and len(able) < before else made
 
 
 def _built(

@@ -113,6 +113,7 @@ class Stack:
         reason: why no new layer can be an identity; empty where one can.
         append: whether new layers must follow all others, since the class computes something from a layer's number.
         special: whether some layers (a first one with a norm of its own) are not to be copied.
+        copied: `layer_signatures` of the layers that a new one may copy; empty where it may copy any.
     """
 
     prefix: str
@@ -123,6 +124,11 @@ class Stack:
     reason: str = ""
     append: bool = False
     special: bool = False
+    copied: tuple[str, ...] = ()
+
+    def may_copy(self, layer: int, signatures: Mapping[str, str]) -> bool:
+        """Whether a new layer may copy a layer, by the `layer_signatures` of the model."""
+        return not self.copied or signatures.get(self.prefix.replace("{i}", str(layer))) in self.copied
 
 
 @dataclass(frozen=True)
@@ -309,6 +315,7 @@ class Layout:
                     "branch_ends": tuple(s.get("branch_ends", ())),
                     "post_norms": tuple(map(tuple, s.get("post_norms", ()))),
                     "gates": tuple(s.get("gates", ())),
+                    "copied": tuple(s.get("copied", ())),
                 }
             )
             for s in data["stacks"]

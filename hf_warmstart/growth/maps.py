@@ -241,6 +241,21 @@ class LayerMap:
         """The map that changes nothing."""
         return cls(layers, tuple(range(layers)), (False,) * layers)
 
+    @classmethod
+    def inserted(cls, layers: int, follows: Sequence[int]) -> LayerMap:
+        """New, gated layers, each behind the old layer that it copies."""
+        source, gated = [], []
+        for layer in range(layers):
+            new = follows.count(layer)
+            source += [layer] * (1 + new)
+            gated += [False] + [True] * new
+        return cls(layers, tuple(source), tuple(gated))
+
+    def copying(self, able: Sequence[int]) -> LayerMap:
+        """The same number of new layers, each behind the nearest layer of `able` below, or the first of them."""
+        new = [source for source, gated in zip(self.source, self.gated, strict=True) if gated]
+        return LayerMap.inserted(self.before, [max((k for k in able if k <= old), default=able[0]) for old in new])
+
     @property
     def after(self) -> int:
         return len(self.source)

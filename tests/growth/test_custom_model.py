@@ -87,6 +87,9 @@ class QuillModel(PreTrainedModel):
         x = self.stream(input_ids)
         for block in self.blocks:
             x = block(x)
+        return self.answer(x)
+
+    def answer(self, x):
         return CausalLMOutput(logits=self.read_out(self.last(x)))
 
     def stream(self, input_ids):

@@ -193,3 +193,13 @@ def test_identity_blocks_are_spread_evenly(before, extra):
     counts = [sum(s == k and g for s, g in zip(layers.source, layers.gated, strict=True)) for k in range(before)]
     assert sum(counts) == extra
     assert max(counts) - min(counts) <= 1
+
+
+@given(st.integers(1, 10), st.integers(0, 25), st.data())
+def test_new_layers_follow_the_nearest_layer_that_they_may_copy(before, extra, data):
+    able = sorted(data.draw(st.sets(st.integers(0, before - 1), min_size=1)))
+    layers = LayerMap.inserted(before, data.draw(st.lists(st.integers(0, before - 1), min_size=extra, max_size=extra)))
+    copying = layers.copying(able)
+    assert copying.after == layers.after and copying.exact
+    assert {s for s, new in zip(copying.source, copying.gated, strict=True) if new} <= set(able)
+    assert layers.copying(range(before)) == layers

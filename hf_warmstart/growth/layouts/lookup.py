@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import LayoutError, WarmstartError
-from ..layout import Layout, Stack
+from ..layout import Layout, Stack, layer_signatures
+from ..twin import meta_shapes
 from . import cache
 from .derive import derive_layout
 from .moves import REFUSALS
@@ -40,25 +42,40 @@ def derived(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Lay
 def settled(model_class: type[PreTrainedModel], config: PreTrainedConfig, layout: Layout) -> Layout:
     """A layout whose claims on depth were tried on a twin: what a class computes from a layer's number shows only then.
 
-    Where new layers between old ones change the output but new layers at the end do not, the stack says so; where both
-    do, it says that no new layer is an identity.
+    Where new layers between old ones change the output but new layers at the end do not, the stack says so; so it does
+    where the class builds them only as copies of layers like the first (others share tensors that are numbered by use).
+    Where nothing helps, it says that no new layer is an identity.
     """
     for number, stack in enumerate(layout.stacks):
         if stack.reason or stack.post_norms:
             continue
-        for tried in (stack, dataclasses.replace(stack, append=True)):
+        problems: list[str] = []
+        for tried in _candidates(model_class, config, stack):
             stacks = (*layout.stacks[:number], tried, *layout.stacks[number + 1 :])
             candidate = dataclasses.replace(layout, stacks=stacks)
-            problem = _depth_changes(model_class, config, candidate, tried)
-            if not problem:
+            problems.append(_depth_changes(model_class, config, candidate, tried))
+            if not problems[-1]:
                 layout = candidate
                 break
         else:
-            refused = Stack(stack.prefix, stack.attribute, reason=problem)
+            refused = Stack(stack.prefix, stack.attribute, reason=problems[0])
             layout = dataclasses.replace(
                 layout, stacks=(*layout.stacks[:number], refused, *layout.stacks[number + 1 :])
             )
     return layout
+
+
+def _candidates(model_class, config: PreTrainedConfig, stack: Stack) -> Iterator[Stack]:
+    """A stack as it is, with new layers at the end, and with copies of layers like the first alone.
+
+    Like the first, so that all other layers move, and what is computed from their numbers shows.
+    """
+    yield stack
+    yield dataclasses.replace(stack, append=True)
+    kinds = layer_signatures(meta_shapes(model_class, probe_config(config)), [stack])
+    first = kinds.get(stack.prefix.replace("{i}", "0"))
+    if first and set(kinds.values()) != {first} and not stack.copied:
+        yield dataclasses.replace(stack, copied=(first,))
 
 
 def _depth_changes(model_class, config: PreTrainedConfig, layout: Layout, stack: Stack) -> str:

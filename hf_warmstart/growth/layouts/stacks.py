@@ -8,7 +8,7 @@ return what it was given.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 
 import torch
 from torch import Tensor, nn
@@ -63,12 +63,16 @@ def find_stacks(base: Trace, model_class: type[PreTrainedModel]) -> list[Stack]:
         if not stacks:
             continue
         lost = sorted(set(shapes) - set(grown))
+        inside = re.compile(rf"({'|'.join(map(re.escape, stacks))})\.(\d+)\.")
+        outside = [n for n in lost if not inside.match(n)]
         for name in stacks:
             claimed.add(name)
-            reason = f"more layers would drop {lost[0]}" if lost else ""
-            found.append(
-                Stack(f"{name}.{{i}}", path, reason=reason) if lost else _stack(base, name, path, lists[name])
-            )
+            if outside:
+                found.append(Stack(f"{name}.{{i}}", path, reason=f"more layers would drop {outside[0]}"))
+                continue
+            # A layer that loses tensors where others follow it (the last, which alone has them) keeps its place.
+            kept = {int(m[2]) for n in lost if (m := inside.match(n)) and m[1] == name}
+            found.append(_stack(base, name, path, kept, shapes))
     return found
 
 
@@ -95,17 +99,23 @@ def _deeper(model_class, config, path, layers) -> dict | None:
     return None
 
 
-def _stack(base: Trace, name: str, path: str, modules: Iterable[nn.Module]) -> Stack:
+def _stack(base: Trace, name: str, path: str, kept: Set[int], names: Iterable[str]) -> Stack:
+    """One stack by the path of its modules; layers that are `kept` are not for copying.
+
+    Nor are those that the probe's inputs leave out (a cross-attention without an image), of which nothing is known.
+    """
     prefix = f"{name}.{{i}}"
+    numbers = range(len(base.model.get_submodule(name)))  # type: ignore[arg-type]
+    able = [k for k in numbers if k not in kept and f"{name}.{k}" in base.tape.calls]
     ends: set[str] = set()
     gates: set[str] = set()
     found: dict[int, tuple[set[str], list[tuple[str, ...]], set[str]]] = {}
     problem = ""
     template = lambda n: re.sub(rf"^{re.escape(name)}\.\d+", prefix, n)  # noqa: E731
-    for k, _ in enumerate(modules):
-        stream = _stream(*base.tape.calls.get(f"{name}.{k}", ([], [])))
+    for k in able:
+        stream = _stream(*base.tape.calls[f"{name}.{k}"])
         if stream is None:
-            continue  # skipped under these inputs (a cross-attention without an image): its kind is not for new layers
+            continue
         refusal, mine, norms, own_gates = _layer_ends(base.analysis, *stream)
         outside = [n for n in sorted(mine | own_gates) if not n.startswith(f"{name}.{k}.")]
         if outside:
@@ -114,20 +124,33 @@ def _stack(base: Trace, name: str, path: str, modules: Iterable[nn.Module]) -> S
             problem = f"{name}.{k}: {refusal}"
             continue
         found[k] = mine, [tuple(template(n) for n in norm) for norm in norms], own_gates
+    if not able:
+        return Stack(prefix, path, reason="each of its layers must stay where it is, or is left out by the inputs")
     if not found:
         return Stack(prefix, path, reason=problem or "no layer returns a stream like the one that it is given")
     # Layers that differ from the last (a first one with a norm of its own) are not for copying.
-    last = max(k for k, _ in enumerate(modules))
-    if last not in found:
-        return Stack(prefix, path, reason=problem or f"{name}.{last} was not run")
-    usual = found[last][1]
+    if able[-1] not in found:
+        return Stack(prefix, path, reason=problem or f"{name}.{able[-1]} returns no stream like the one it is given")
+    usual = found[able[-1]][1]
     good = {k for k, f in found.items() if f[1] == usual}
     for k in good:
         ends |= {template(n) for n in found[k][0]}
         gates |= {template(n) for n in found[k][2]}
-    special = len(good) <= last
+    special = len(good) < len(able)
+    signatures = layer_signatures(names, [Stack(prefix, path)])
+    kinds = {k: signatures.get(f"{name}.{k}", "") for k in numbers}
+    copied = {kinds[k] for k in able} if len(able) < len(numbers) else set()
+    if alike := [k for k in numbers if k not in able and kinds[k] in copied]:
+        return Stack(prefix, path, reason=f"{name}.{alike[0]} is not for copying, and looks like layers that are")
     stack = Stack(
-        prefix, path, tuple(sorted(ends)), tuple(usual), tuple(sorted(gates)), append=special, special=special
+        prefix,
+        path,
+        tuple(sorted(ends)),
+        tuple(usual),
+        tuple(sorted(gates)),
+        append=special,
+        special=special,
+        copied=tuple(sorted(copied)),
     )
     refusal = _tried(base, stack, name, good)
     return Stack(prefix, path, reason=refusal) if refusal else stack

@@ -12,12 +12,7 @@ from .base import DepthOperator, register
 def _build(before: int, after: int) -> LayerMap:
     extra = after - before
     follows = [-(-(j + 1) * before // extra) - 1 for j in range(extra)]
-    source, gated = [], []
-    for layer in range(before):
-        new = follows.count(layer)
-        source += [layer] * (1 + new)
-        gated += [False] + [True] * new
-    return LayerMap(before, tuple(source), tuple(gated))
+    return LayerMap.inserted(before, follows)
 
 
 register(

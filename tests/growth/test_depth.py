@@ -1,0 +1,130 @@
+"""Which layers a new layer may copy, and where it goes: classes whose layers are not all alike."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, MllamaForCausalLM
+
+from hf_warmstart import WarmstartError, certify, grow, plan_growth
+from hf_warmstart.growth.layouts.probe import probe_config
+from hf_warmstart.growth.twin import build, randomise
+
+from .test_custom_model import QuillBlock, QuillConfig, QuillModel
+
+
+class SignedModel(QuillModel):
+    """Only the last block has a tensor of its own."""
+
+    def __init__(self, config: QuillConfig):
+        super().__init__(config)
+        self.blocks[-1].signature = nn.Parameter(torch.zeros(config.model_width))
+
+    def forward(self, input_ids=None, **kwargs):
+        x = self.stream(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.answer(x + self.blocks[-1].signature)
+
+
+def test_a_layer_that_loses_tensors_when_others_follow_it_stays_the_last():
+    certificate = certify(SignedModel(QuillConfig()), depth=2)
+    assert certificate.exact, certificate
+    plan = plan_growth(SignedModel(QuillConfig()), depth=2)
+    assert plan.layer_map.source == (0, 0, 1, 1, 1, 2)
+    assert plan.layer_map.gated == (False, True, False, True, True, False)
+
+
+def test_a_single_layer_that_must_stay_the_last_has_nothing_to_copy():
+    with pytest.raises(WarmstartError, match="each of its layers must stay where it is"):
+        plan_growth(SignedModel(QuillConfig(n_blocks=1)), depth=2)
+
+
+class SleepyConfig(QuillConfig):
+    """Some blocks wait for what the model is not given."""
+
+    def __init__(self, sleeping_layers=(2,), **kwargs):
+        self.sleeping_layers = list(sleeping_layers)
+        super().__init__(**kwargs)
+
+
+class SleepyBlock(QuillBlock):
+    def __init__(self, config: QuillConfig):
+        super().__init__(config)
+        self.dream = nn.Linear(config.model_width, config.model_width)
+
+
+class SleepyModel(QuillModel):
+    config_class = SleepyConfig
+
+    def __init__(self, config: SleepyConfig):
+        super().__init__(config)
+        for k in config.sleeping_layers:
+            self.blocks[k] = SleepyBlock(config)
+
+    def forward(self, input_ids=None, **kwargs):
+        x = self.stream(input_ids)
+        for k, block in enumerate(self.blocks):
+            x = x if k in self.config.sleeping_layers else block(x)
+        return self.answer(x)
+
+
+def test_new_layers_copy_layers_that_the_probe_ran():
+    model = SleepyModel(SleepyConfig())
+    certificate = certify(model, depth=2)
+    assert certificate.exact, certificate
+    plan = plan_growth(model, depth=2)
+    assert plan.layer_map.source == (0, 0, 1, 1, 1, 2)
+    assert plan.target_config.sleeping_layers == [5]
+
+
+def test_layers_that_wait_for_an_image_read_the_same_stream_when_it_comes():
+    config = probe_config(CONFIG_MAPPING["mllama_text_model"]())
+    model = build(MllamaForCausalLM, config)
+    randomise(model, 0)
+    grown = grow(model, depth=2)
+    assert len(grown.config.cross_attention_layers) == len(config.cross_attention_layers)
+    tokens = torch.randint(0, config.vocab_size, (2, 9))
+    states = torch.randn(2, 5, config.hidden_size)
+    plain, seen = model(tokens).logits, model(tokens, cross_attention_states=states).logits
+    assert not torch.allclose(plain, seen)
+    torch.testing.assert_close(grown(tokens, cross_attention_states=states).logits, seen, rtol=1e-4, atol=1e-4)
+
+
+class ChoirConfig(QuillConfig):
+    """Some blocks sing in a voice that lies in the first of them, one for each use."""
+
+    def __init__(self, singing_layers=(1, 2), **kwargs):
+        self.singing_layers = list(singing_layers)
+        super().__init__(**kwargs)
+
+
+class ChoirModel(QuillModel):
+    config_class = ChoirConfig
+
+    def __init__(self, config: ChoirConfig):
+        super().__init__(config)
+        width, singing = config.model_width, config.singing_layers
+        for k in singing:
+            self.blocks[k].voice_out = nn.Linear(width, width)
+        self.blocks[singing[0]].voices = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in singing)
+
+    def forward(self, input_ids=None, **kwargs):
+        x = self.stream(input_ids)
+        singing = self.config.singing_layers
+        for k, block in enumerate(self.blocks):
+            if k in singing:
+                voice = self.blocks[singing[0]].voices[singing.index(k)]
+                x = x + block.voice_out(voice(block.before_look(x)))
+            x = block(x)
+        return self.answer(x)
+
+
+def test_layers_whose_use_of_shared_tensors_is_counted_are_not_copied():
+    model = ChoirModel(ChoirConfig())
+    certificate = certify(model, depth=2)
+    assert certificate.exact, certificate
+    plan = plan_growth(model, depth=2)
+    assert plan.layer_map.source == (0, 0, 0, 0, 1, 2)
+    assert plan.target_config.singing_layers == [4, 5]
