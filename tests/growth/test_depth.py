@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, MllamaForCausalLM
+from transformers import CONFIG_MAPPING, MllamaForCausalLM, XmodForCausalLM
 
 from hf_warmstart import WarmstartError, certify, grow, plan_growth
 from hf_warmstart.growth.layouts.probe import probe_config
@@ -128,3 +128,25 @@ def test_layers_whose_use_of_shared_tensors_is_counted_are_not_copied():
     plan = plan_growth(model, depth=2)
     assert plan.layer_map.source == (0, 0, 0, 0, 1, 2)
     assert plan.target_config.singing_layers == [4, 5]
+
+
+def adapted(**switches):
+    """A layer with adapters, by language: what they make is put in the places of one language."""
+    config = probe_config(CONFIG_MAPPING["xmod"](default_language="en_XX", is_decoder=True, **switches))
+    return build(XmodForCausalLM, config)
+
+
+def test_what_is_put_in_place_ends_a_branch_by_what_is_put_and_not_by_where():
+    certificate = certify(adapted(pre_norm=True, ln_before_adapter=False), depth=2)
+    assert certificate.exact, certificate
+
+
+def test_a_norm_of_the_stream_that_serves_once_is_applied_once_more():
+    certificate = certify(adapted(adapter_reuse_layer_norm=False), depth=2)
+    assert not certificate.exact
+    assert certificate.max_relative_error < 1e-10
+
+
+def test_a_norm_of_the_stream_that_serves_again_inside_its_layer_is_refused():
+    with pytest.raises(WarmstartError, match="of the stream is used more than once"):
+        plan_growth(adapted(ln_before_adapter=False), depth=2)

@@ -178,7 +178,10 @@ def _layer_ends(
     norms: list[tuple[str, ...]] = []
     value = leaving
     for _ in range(8):
-        writers = list(analysis.writers(value, atoms, {id(entry)}))
+        # Once each: what is written in place is met on more than one way.
+        writers = list(
+            {(w.kind, id(w.node), w.places): w for w in analysis.writers(value, atoms, {id(entry)})}.values()
+        )
         gates = analysis.identity_gates(value, entry)
         if gates is not None:
             for writer in _past_gates(analysis, writers, gates, atoms, entry):
@@ -200,6 +203,9 @@ def _layer_ends(
                 return f"{writer.kind} at {writer.node} ends a branch", set(), [], set()
             ends |= found
         norms.append(tuple(dict.fromkeys(p[0] for w in (norm, *biases) for p in w.places)))
+        if len({id(node) for place in norm.places for node, *_ in analysis.gains[place]}) > 1:
+            # It would have to be one where another layer follows, and as it is where it is used again.
+            return f"the norm {norms[-1][0]} of the stream is used more than once", set(), [], set()
         value = norm.reads  # type: ignore[assignment]
     return "its stream could not be followed", set(), [], set()
 

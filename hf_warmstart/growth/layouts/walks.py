@@ -50,7 +50,8 @@ class Walks:
             ):
                 for other in written:
                     for source in other.node.inputs[1:]:  # type: ignore[union-attr]
-                        yield from self.writers(source, atoms, stops, depth + 1)
+                        if source.tensor.is_floating_point():  # what is written; the others say where
+                            yield from self.writers(source, atoms, stops, depth + 1)
                 return
             yield Writer("blocked", (), value, node)
             return
