@@ -150,3 +150,39 @@ def test_a_norm_of_the_stream_that_serves_once_is_applied_once_more():
 def test_a_norm_of_the_stream_that_serves_again_inside_its_layer_is_refused():
     with pytest.raises(WarmstartError, match="of the stream is used more than once"):
         plan_growth(adapted(ln_before_adapter=False), depth=2)
+
+
+class Look(QuillBlock):
+    """What a block adds."""
+
+    def forward(self, x):
+        return super().forward(x) - x
+
+
+class ListedModel(QuillModel):
+    """What makes a layer lies in three lists."""
+
+    def __init__(self, config: QuillConfig):
+        super().__init__(config)
+        width, numbers = config.model_width, range(config.n_blocks)
+        self.first = nn.LayerNorm(width, config.eps)
+        self.blocks = nn.ModuleList(Look(config) for _ in numbers)
+        self.mixers = nn.ModuleList(nn.Linear(width, width) for _ in numbers)
+        self.norms = nn.ModuleList(nn.LayerNorm(width, config.eps) for _ in numbers)
+
+    def forward(self, input_ids=None, **kwargs):
+        x = self.first(self.stream(input_ids))
+        for look, mixer, norm in zip(self.blocks, self.mixers, self.norms, strict=True):
+            x = x + look(x)
+            x = norm(x + mixer(x))
+        return self.answer(x)
+
+
+def test_lists_side_by_side_make_layers_together():
+    model = ListedModel(QuillConfig(eps=1e-12))
+    certificate = certify(model, depth=2)
+    assert certificate.reason == "blocks.{i} ends in a norm of the stream, which a new layer applies once more"
+    assert not certificate.exact and certificate.max_relative_error < 1e-10
+    prefixes = {stack.prefix: stack for stack in plan_growth(model, depth=2).layout.stacks}
+    assert set(prefixes) == {"blocks.{i}", "mixers.{i}", "norms.{i}"}
+    assert len({(stack.branch_ends, stack.post_norms) for stack in prefixes.values()}) == 1

@@ -7,8 +7,9 @@ return what it was given.
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 import torch
 from torch import Tensor, nn
@@ -65,15 +66,31 @@ def find_stacks(base: Trace, model_class: type[PreTrainedModel]) -> list[Stack]:
         lost = sorted(set(shapes) - set(grown))
         inside = re.compile(rf"({'|'.join(map(re.escape, stacks))})\.(\d+)\.")
         outside = [n for n in lost if not inside.match(n)]
-        for name in stacks:
-            claimed.add(name)
-            if outside:
-                found.append(Stack(f"{name}.{{i}}", path, reason=f"more layers would drop {outside[0]}"))
-                continue
-            # A layer that loses tensors where others follow it (the last, which alone has them) keeps its place.
-            kept = {int(m[2]) for n in lost if (m := inside.match(n)) and m[1] == name}
-            found.append(_stack(base, name, path, kept, shapes))
+        claimed |= set(stacks)
+        if outside:
+            reason = f"more layers would drop {outside[0]}"
+            found += [Stack(f"{name}.{{i}}", path, reason=reason) for name in stacks]
+            continue
+        # A layer that loses tensors where others follow it (the last, which alone has them) keeps its place.
+        kept = {name: {int(m[2]) for n in lost if (m := inside.match(n)) and m[1] == name} for name in stacks}
+        made = {name: _stack(base, [name], path, kept[name], shapes) for name in stacks}
+        found += (made | _joint(base, made, shapes)).values()
     return found
+
+
+def _joint(base: Trace, made: Mapping[str, Stack], names: Iterable[str]) -> dict[str, Stack]:
+    """Stacks side by side that make layers only together: one list holds all attentions, another all norms.
+
+    They say the same of a layer, each under its own prefix. What already makes layers alone is left alone.
+    """
+    joint: dict[str, Stack] = {}
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in made):
+        lists = [name for name in made if name.rpartition(".")[0] == parent]
+        if len(lists) > 1 and any(made[name].reason for name in lists):
+            together = _stack(base, lists, made[lists[0]].attribute, set(), names)
+            if not together.reason and not together.copied:
+                joint |= {name: dataclasses.replace(together, prefix=f"{name}.{{i}}") for name in lists}
+    return joint
 
 
 def layer_axes(base: Trace, model_class: type[PreTrainedModel]) -> dict[tuple[str, int], str]:
@@ -99,25 +116,28 @@ def _deeper(model_class, config, path, layers) -> dict | None:
     return None
 
 
-def _stack(base: Trace, name: str, path: str, kept: Set[int], names: Iterable[str]) -> Stack:
-    """One stack by the path of its modules; layers that are `kept` are not for copying.
+def _stack(base: Trace, lists: Sequence[str], path: str, kept: Set[int], names: Iterable[str]) -> Stack:
+    """One stack by the paths of its lists of modules; layers that are `kept` are not for copying.
 
     Nor are those that the probe's inputs leave out (a cross-attention without an image), of which nothing is known.
     """
+    name = lists[0]
     prefix = f"{name}.{{i}}"
-    numbers = range(len(base.model.get_submodule(name)))  # type: ignore[arg-type]
-    able = [k for k in numbers if k not in kept and f"{name}.{k}" in base.tape.calls]
+    numbers = range(get_attribute(base.config, path))
+    runs = {k: [call for call in base.tape.calls if call in {f"{part}.{k}" for part in lists}] for k in numbers}
+    able = [k for k in numbers if k not in kept and len(runs[k]) == len(lists)]
+    calls = base.tape.calls
     ends: set[str] = set()
     gates: set[str] = set()
     found: dict[int, tuple[set[str], list[tuple[str, ...]], set[str]]] = {}
     problem = ""
-    template = lambda n: re.sub(rf"^{re.escape(name)}\.\d+", prefix, n)  # noqa: E731
+    template = lambda n: re.sub(rf"^({'|'.join(map(re.escape, lists))})\.\d+(?=\.)", r"\1.{i}", n)  # noqa: E731
     for k in able:
-        stream = _stream(*base.tape.calls[f"{name}.{k}"])
+        stream = _stream(calls[runs[k][0]][0], calls[runs[k][-1]][1])
         if stream is None:
             continue
         refusal, mine, norms, own_gates = _layer_ends(base.analysis, *stream)
-        outside = [n for n in sorted(mine | own_gates) if not n.startswith(f"{name}.{k}.")]
+        outside = [n for n in sorted(mine | own_gates) if not n.startswith(tuple(f"{run}." for run in runs[k]))]
         if outside:
             refusal = f"{outside[0]} is shared with other layers"
         if refusal:
@@ -152,7 +172,7 @@ def _stack(base: Trace, name: str, path: str, kept: Set[int], names: Iterable[st
         special=special,
         copied=tuple(sorted(copied)),
     )
-    refusal = _tried(base, stack, name, good)
+    refusal = _tried(base, stack, [(runs[k][0], runs[k][-1]) for k in sorted(good)])
     return Stack(prefix, path, reason=refusal) if refusal else stack
 
 
@@ -253,14 +273,17 @@ def _zeros(analysis: Analysis, writer: Writer, atoms, depth: int) -> set[str] | 
     return None
 
 
-def _tried(base: Trace, stack: Stack, name: str, layers: set[int]) -> str:
-    """Run the probe with the branch ends zeroed: what is wrong with the claim, if anything."""
+def _tried(base: Trace, stack: Stack, layers: Iterable[tuple[str, str]]) -> str:
+    """Run the probe with the branch ends zeroed: what is wrong with the claim, if anything.
+
+    `layers` has the first and the last module of each layer that is to be an identity.
+    """
     model = base.model
     tensors: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
     saved: dict[str, Tensor] = {}
 
     def fill(template: str, number: float) -> None:
-        for k in range(len(model.get_submodule(name))):  # type: ignore[arg-type]
+        for k in range(get_attribute(base.config, stack.attribute)):
             full = template.replace("{i}", str(k))
             if full in tensors and full not in saved:
                 saved[full] = tensors[full].detach().clone()
@@ -275,9 +298,14 @@ def _tried(base: Trace, stack: Stack, name: str, layers: set[int]) -> str:
         for position, template in enumerate(norm):
             fill(template, 0.0 if position else 1.0)
     problems: list[str] = []
+    entered: list[Tensor | None] = []
 
-    def check(module, args, kwargs, output):
-        given = next((t for t in [*args, *kwargs.values()] if isinstance(t, Tensor) and t.is_floating_point()), None)
+    def enter(module, args, kwargs):
+        streams = (t for t in [*args, *kwargs.values()] if isinstance(t, Tensor) and t.is_floating_point())
+        entered.append(next(streams, None))
+
+    def check(module, args, output):
+        given = entered.pop()
         made = output if isinstance(output, Tensor) else next((t for t in output if isinstance(t, Tensor)), None)
         if given is None or made is None or given.shape != made.shape:
             problems.append("a layer returns another shape than it is given")
@@ -298,8 +326,10 @@ def _tried(base: Trace, stack: Stack, name: str, layers: set[int]) -> str:
         if error > IDENTITY_TOLERANCE:
             problems.append(f"with its branch ends zero a layer still changes its input by {error:.0e}")
 
-    modules = list(model.get_submodule(name))  # type: ignore[call-overload]
-    handles = [modules[k].register_forward_hook(check, with_kwargs=True) for k in layers]
+    handles = []
+    for first, last in layers:
+        handles.append(model.get_submodule(first).register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(model.get_submodule(last).register_forward_hook(check))
     try:
         with torch.no_grad():
             model(**probe_inputs(model))
