@@ -233,12 +233,14 @@ class GrowthPlan:
         reasons = [width.reason] if self.widens and not width.exact else []
         if not all(layer_map.exact for layer_map in self.layer_maps.values()):
             reasons.append(DEPTH_OPERATORS[self.growth_config.depth_operator].reason)
-        normed = {}  # by the norms, since lists side by side may make layers together
+        normed: dict[tuple, str] = {}  # by the norms: lists side by side may make layers together
         for stack in self.layout.stacks:
             deeper = not self.layer_maps[stack.attribute].is_identity
             if deeper and stack.post_norms and self.growth_config.depth_operator == "identity_blocks":
                 words = f"{stack.prefix} ends in a norm of the stream, which a new layer applies once more"
                 normed.setdefault(stack.post_norms, words)
+            if deeper and stack.scaled and self.growth_config.depth_operator == "identity_blocks":
+                reasons.append(f"{stack.prefix} scales the stream, which the norm behind takes back but for its eps")
         return [*reasons, *normed.values()]
 
     @property

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, MllamaForCausalLM, XmodForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
 
 from hf_warmstart import WarmstartError, certify, grow, plan_growth
 from hf_warmstart.growth.layouts.probe import probe_config
@@ -186,3 +187,40 @@ def test_lists_side_by_side_make_layers_together():
     prefixes = {stack.prefix: stack for stack in plan_growth(model, depth=2).layout.stacks}
     assert set(prefixes) == {"blocks.{i}", "mixers.{i}", "norms.{i}"}
     assert len({(stack.branch_ends, stack.post_norms) for stack in prefixes.values()}) == 1
+
+
+class DimBlock(QuillBlock):
+    """Keeps the size of the stream by scaling it, the more the fewer blocks lie below."""
+
+    number = 0
+
+    def forward(self, x):
+        below = self.number + 1
+        return x * (below / (below + 1)) ** 0.5 + (super().forward(x) - x) * (1 / (below + 1)) ** 0.5
+
+
+class DimModel(QuillModel):
+    block_class = DimBlock
+
+    def __init__(self, config: QuillConfig):
+        super().__init__(config)
+        for k, block in enumerate(self.blocks):
+            block.number = k
+
+
+class UnnormedDimModel(DimModel):
+    def answer(self, x):
+        return CausalLMOutput(logits=self.read_out(x))
+
+
+def test_layers_that_scale_the_stream_go_to_the_end_and_are_not_called_exact():
+    model = DimModel(QuillConfig(eps=1e-9))
+    certificate = certify(model, depth=2)
+    assert certificate.reason == "blocks.{i} scales the stream, which the norm behind takes back but for its eps"
+    assert not certificate.exact and 0 < certificate.max_relative_error < 1e-6
+    assert plan_growth(model, depth=2).layer_map.source == (0, 1, 2, 0, 1, 2)
+
+
+def test_a_scale_that_no_norm_takes_back_is_refused():
+    with pytest.raises(WarmstartError, match="new layers change the output"):
+        plan_growth(UnnormedDimModel(QuillConfig()), depth=2)

@@ -16,6 +16,8 @@ from .derive import derive_layout
 from .moves import REFUSALS
 from .probe import probe_config, set_dtype
 
+SCALED_TOLERANCE = 1e-3  # what a norm's eps may change where new layers scale the stream
+
 _known: dict[tuple[type, str], Layout] = {}
 
 
@@ -70,8 +72,11 @@ def _candidates(model_class, config: PreTrainedConfig, stack: Stack) -> Iterator
 
     Like the first, so that all other layers move, and what is computed from their numbers shows.
     """
-    yield stack
+    if not stack.scaled:  # between old layers, what these read would have another scale
+        yield stack
     yield dataclasses.replace(stack, append=True)
+    if stack.scaled:
+        return
     kinds = layer_signatures(meta_shapes(model_class, probe_config(config)), [stack])
     first = kinds.get(stack.prefix.replace("{i}", "0"))
     if first and set(kinds.values()) != {first} and not stack.copied:
@@ -98,4 +103,8 @@ def _depth_changes(model_class, config: PreTrainedConfig, layout: Layout, stack:
         return str(error).splitlines()[0]
     except REFUSALS as error:
         return f"the deeper twin does not run ({type(error).__name__}: {error})"
-    return "" if change < LOGITS_TOLERANCE else f"new layers change the output by {change:.0e}"
+    return (
+        ""
+        if change < (SCALED_TOLERANCE if stack.scaled else LOGITS_TOLERANCE)
+        else f"new layers change the output by {change:.0e}"
+    )

@@ -172,8 +172,7 @@ def _stack(base: Trace, lists: Sequence[str], path: str, kept: Set[int], names: 
         special=special,
         copied=tuple(sorted(copied)),
     )
-    refusal = _tried(base, stack, [(runs[k][0], runs[k][-1]) for k in sorted(good)])
-    return Stack(prefix, path, reason=refusal) if refusal else stack
+    return _tried(base, stack, [(runs[k][0], runs[k][-1]) for k in sorted(good)])
 
 
 def _stream(read: list[Value], made: list[Value]) -> tuple[Value, Value] | None:
@@ -273,10 +272,10 @@ def _zeros(analysis: Analysis, writer: Writer, atoms, depth: int) -> set[str] | 
     return None
 
 
-def _tried(base: Trace, stack: Stack, layers: Iterable[tuple[str, str]]) -> str:
-    """Run the probe with the branch ends zeroed: what is wrong with the claim, if anything.
+def _tried(base: Trace, stack: Stack, layers: Iterable[tuple[str, str]]) -> Stack:
+    """The stack, after a run of the probe with the branch ends zeroed; with what is wrong with the claim, if anything.
 
-    `layers` has the first and the last module of each layer that is to be an identity.
+    `layers` has the first and the last module of each layer that is to be an identity, or a multiple of it.
     """
     model = base.model
     tensors: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
@@ -298,6 +297,7 @@ def _tried(base: Trace, stack: Stack, layers: Iterable[tuple[str, str]]) -> str:
         for position, template in enumerate(norm):
             fill(template, 0.0 if position else 1.0)
     problems: list[str] = []
+    factors: list[float] = []
     entered: list[Tensor | None] = []
 
     def enter(module, args, kwargs):
@@ -310,7 +310,6 @@ def _tried(base: Trace, stack: Stack, layers: Iterable[tuple[str, str]]) -> str:
         if given is None or made is None or given.shape != made.shape:
             problems.append("a layer returns another shape than it is given")
             return
-        expected = given
         if stack.post_norms:
             expected = (given - given.mean(-1, keepdim=True)) / given.var(-1, unbiased=False, keepdim=True).sqrt()
             error = min(
@@ -322,8 +321,9 @@ def _tried(base: Trace, stack: Stack, layers: Iterable[tuple[str, str]]) -> str:
                     f"with its branch ends zero a layer is no norm of its input: they differ by {error:.0e}"
                 )
             return
-        error = float((made - expected).abs().max() / expected.abs().max())
-        if error > IDENTITY_TOLERANCE:
+        factors.append(float((made * given).sum() / given.square().sum()))
+        if float((made - factors[-1] * given).abs().max() / given.abs().max()) > IDENTITY_TOLERANCE:
+            error = float((made - given).abs().max() / given.abs().max())
             problems.append(f"with its branch ends zero a layer still changes its input by {error:.0e}")
 
     handles = []
@@ -338,7 +338,10 @@ def _tried(base: Trace, stack: Stack, layers: Iterable[tuple[str, str]]) -> str:
             handle.remove()
         for full, tensor in saved.items():
             tensors[full].data.copy_(tensor)
-    return problems[0] if problems else ""
+    if problems:
+        return Stack(stack.prefix, stack.attribute, reason=problems[0])
+    scaled = any(abs(factor - 1) > IDENTITY_TOLERANCE for factor in factors)
+    return dataclasses.replace(stack, append=stack.append or scaled, scaled=scaled)
 
 
 def merge_layers(
