@@ -113,8 +113,8 @@ class Stack:
         reason: why no new layer can be an identity; empty where one can.
         append: whether new layers must follow all others, since the class computes something from a layer's number.
         special: whether some layers (a first one with a norm of its own) are not to be copied.
-        scaled: whether a new layer multiplies the stream by a number, which the norm behind all layers takes back but for
-            its eps.
+        scaled: whether a new layer multiplies the stream by a number, which the norm behind all layers takes back, but
+            for its eps.
         copied: `layer_signatures` of the layers that a new one may copy; empty where it may copy any.
     """
 

@@ -45,8 +45,8 @@ def settled(model_class: type[PreTrainedModel], config: PreTrainedConfig, layout
     """A layout whose claims on depth were tried on a twin: what a class computes from a layer's number shows only then.
 
     Where new layers between old ones change the output but new layers at the end do not, the stack says so; so it does
-    where the class builds them only as copies of layers like the first (others share tensors that are numbered by use).
-    Where nothing helps, it says that no new layer is an identity.
+    where only copies of layers like the first can be built (others share tensors that are numbered by use). Where
+    nothing helps, it says that no new layer is an identity.
     """
     for number, stack in enumerate(layout.stacks):
         if stack.reason or stack.post_norms:
@@ -103,8 +103,5 @@ def _depth_changes(model_class, config: PreTrainedConfig, layout: Layout, stack:
         return str(error).splitlines()[0]
     except REFUSALS as error:
         return f"the deeper twin does not run ({type(error).__name__}: {error})"
-    return (
-        ""
-        if change < (SCALED_TOLERANCE if stack.scaled else LOGITS_TOLERANCE)
-        else f"new layers change the output by {change:.0e}"
-    )
+    tolerance = SCALED_TOLERANCE if stack.scaled else LOGITS_TOLERANCE
+    return "" if change < tolerance else f"new layers change the output by {change:.0e}"

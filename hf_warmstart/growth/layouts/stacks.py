@@ -2,7 +2,8 @@
 
 A new layer adds nothing when every parameter that ends a residual branch in it is zero. These are found by walking back
 from the layer's output to its input; the finding is then tried: the probe runs with them zeroed, and each layer must
-return what it was given.
+return what it was given, or a multiple of it. Layers of which this is not known, or which must stay where they are, are
+not for copying.
 """
 
 from __future__ import annotations
