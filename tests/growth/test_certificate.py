@@ -161,7 +161,9 @@ def test_inside_true_float64_hard_coded_upcasts_are_lifted():
         assert x.float().dtype == torch.float64
         assert torch.softmax(x, 0, dtype=torch.float32).dtype == torch.float64
         assert torch.zeros(2, dtype=torch.float32).dtype == torch.float64
+        assert torch.full((), torch.finfo(x.dtype).min).dtype == torch.float64
     assert x.float().dtype == torch.float32
+    assert torch.zeros(2).dtype == torch.float32
 
 
 def test_a_source_that_cannot_be_read_is_an_error(tmp_path):
