@@ -33,7 +33,7 @@ def standard_name(config: PreTrainedConfig, attribute: str) -> str:
     """The standard name of a config attribute: `n_embd` -> `hidden_size`. Unknown names raise with the nearest one."""
     reverse = {own: standard for standard, own in config.attribute_map.items()}
     name = reverse.get(attribute, attribute)
-    known = (set(config.to_dict()) | set(config.attribute_map)) - {"warmstart"}
+    known = (set(config.to_dict()) | set(config.attribute_map) | set(worked_out_layers(config))) - {"warmstart"}
     if name not in known and attribute not in known:
         near = difflib.get_close_matches(attribute, sorted(known), n=1, cutoff=0.0)
         raise SizeError(
@@ -83,7 +83,7 @@ def resolve_attribute(config: PreTrainedConfig, name: str) -> str:
     if "." in name and get_attribute(config, name, None) is not None:
         return name
     parts = {n: p for n in config.sub_configs if isinstance(p := vars(config).get(n), PreTrainedConfig)}
-    own = set(config.to_dict()) | set(config.attribute_map)
+    own = set(config.to_dict()) | set(config.attribute_map) | set(worked_out_layers(config))
     holders = [n for n, part in parts.items() if name in part.to_dict() or name in part.attribute_map]
     if name in own and not (name in config.attribute_map and config.attribute_map[name] not in config.to_dict()):
         return standard_name(config, name)
@@ -122,9 +122,16 @@ def unset_sizes(config: PreTrainedConfig) -> list[str]:
     ]
 
 
+def worked_out_layers(config: PreTrainedConfig) -> list[str]:
+    """The attribute that counts layers where no file holds it: classes work it out from a list with an entry for each."""
+    name = "num_hidden_layers"
+    held = config.attribute_map.get(name, name) in config.to_dict()
+    return [name] if not held and is_integer(getattr(config, name, None)) else []
+
+
 def layer_attributes(config: PreTrainedConfig) -> list[str]:
     """Paths of attributes that may count layers, the standard name first."""
-    found = []
+    found = worked_out_layers(config)
     reverse = {own: standard for standard, own in config.attribute_map.items()}
     for name, value in config.to_dict().items():
         part = vars(config).get(name)
@@ -178,7 +185,8 @@ def resize_config(
         layers = get_attribute(config, path)
         for name, value in list(level.items()):
             level[name] = carry(name, value, layers, layer_map.source)
-        level[own] = layer_map.after
+        if own in level:  # else it follows from a list
+            level[own] = layer_map.after
     try:
         resized = type(config).from_dict(data)
     except (StrictDataclassError, AttributeError, ValueError) as error:

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from hf_warmstart import plan_growth
-from hf_warmstart.growth.configs import resize_config
+from hf_warmstart.growth.configs import layer_attributes, resize_config
 from hf_warmstart.growth.layerwise import carry, lists_layers, marks, own_of
+from hf_warmstart.growth.layouts.probe import probe_config
 from hf_warmstart.growth.maps import LayerMap
 
 KINDS = ["full", "sliding"]
@@ -144,6 +145,16 @@ def test_a_config_follows_in_all_that_it_says_of_layers():
     assert deeper.layer_types == ["full_attention"] * 3 + ["sliding_attention"] * 3
     assert deeper.max_window_layers == 3
     assert config.num_hidden_layers == 4 and len(config.layer_types) == 4, "the given config is untouched"
+
+
+def test_a_number_of_layers_that_a_class_works_out_follows_its_list():
+    config = AutoConfig.for_model("nemotron_h", layers_block_type=["linear_attention", "full_attention", "mlp"])
+    assert layer_attributes(config)[0] == "num_hidden_layers" and "num_hidden_layers" not in config.to_dict()
+    deeper = resize_config(config, {}, {"num_hidden_layers": LayerMap(3, (0, 1, 2, 2), (False, False, False, True))})
+    assert deeper.layers_block_type == ["linear_attention", "full_attention", "mlp", "mlp"]
+    plan = plan_growth(probe_config(config), depth=2)
+    assert plan.exact and plan.target_config.num_hidden_layers == 6
+    assert plan_growth(probe_config(config), num_hidden_layers=6).changes == plan.changes
 
 
 def test_dense_layers_below_experts_stay_dense_in_a_plan():
