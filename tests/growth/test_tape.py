@@ -408,6 +408,21 @@ def test_constants_that_are_one_number_for_all_heads_hold_nothing():
         assert "constant" not in seen.analysis.facts[part[1]]
 
 
+def test_room_that_is_filled_in_place_is_no_constant():
+    class Filled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.write, self.read = nn.Linear(WIDTH, INNER), nn.Linear(WIDTH, INNER)
+
+        def forward(self, x):
+            room = torch.zeros(BATCH, TIME, INNER)
+            for k in range(TIME):
+                room[:, k] = self.write(x[:, k])
+            return self.read(x) @ room.transpose(1, 2)
+
+    assert Seen(Filled()).facts(("write.weight", 0), ("read.weight", 0)) == {"contracted"}
+
+
 def test_rotated_halves_are_held_by_their_constants_and_values_are_not():
     seen = Seen(Biased("rotary"))
     _, q, k, v = seen.axis("qkv.weight", 0)
@@ -443,6 +458,7 @@ def test_a_tied_table_writes_and_reads_and_what_its_head_reads_is_found(gained):
     ("function", "fact"),
     [
         (F.gelu, "unit"),
+        (F.logsigmoid, "unit"),
         (lambda x: x * x, "unit"),
         (lambda x: x + 1.0, "unit"),
         (lambda x: x.softmax(-1), "softmax"),

@@ -36,6 +36,7 @@ class Tape(TorchDispatchMode):
         self.roles: dict[ParameterAxis, set[str]] = {}
         self._scope: list[str] = [""]
         self._by_storage: dict[int, Value] = {}
+        self._constants: dict[int, list[Value]] = {}
         for name, tensor in parameters.items():
             dims = tuple(Dim(Term(size), frozenset({(name, k)})) for k, size in enumerate(tensor.shape))
             value = Value(dims, "weight", None, tensor, tensor.untyped_storage()._cdata, name)
@@ -116,6 +117,8 @@ class Tape(TorchDispatchMode):
             node.outputs.append(value)
             if name != plain or plain == "copy":
                 self.writes.setdefault(value.storage, []).append(value)
+                if kind == "activation":
+                    self._written(value.storage)
         return out
 
     def value(self, tensor: Tensor) -> Value:
@@ -135,7 +138,15 @@ class Tape(TorchDispatchMode):
             dims = tuple(Dim(dim.term) for dim in dims)
         value = Value(dims, kind, node, tensor, tensor.untyped_storage()._cdata)
         self.values[id(tensor)] = value
+        if kind == "constant":
+            self._constants.setdefault(value.storage, []).append(value)
         return value
+
+    def _written(self, storage: int) -> None:
+        """Room that was made by numbers alone and is filled in place, part by part, holds activations from then on."""
+        for value in self._constants.pop(storage, ()):
+            if self.values.get(id(value.tensor)) is value:  # what was written as a whole has a value of its own
+                value.kind, value.filled = "activation", True
 
     # -- what operations do to axes -------------------------------------------------------------------------------
 

@@ -37,6 +37,7 @@ class Value:
         tensor: kept alive, since values are told apart by identity. storage: identity of its memory.
         parameter: name of the parameter that it is a view of, if it is one.
         offset: what was added to that parameter (norms of the form `1 + weight`).
+        filled: whether it is room that was made by numbers alone and is filled in place by activations.
     """
 
     dims: tuple[Dim, ...]
@@ -46,6 +47,7 @@ class Value:
     storage: int
     parameter: str | None = None
     offset: float = 0.0
+    filled: bool = False
 
     def __repr__(self) -> str:
         return f"<{self.parameter or self.kind} {[d.term for d in self.dims]}>"
@@ -86,7 +88,10 @@ SAME = {"clone", "contiguous", "_to_copy", "detach", "alias", "lift_fresh", "lif
 ADDS = {"add", "sub", "rsub"}
 MULS = {"mul", "div"}
 # What acts on each entry alone though the framework does not say so.
-ALIKE = {"fill", "zero", "native_dropout", "masked_fill", "where", "copy", "lerp", "addcmul", "addcdiv", "mul", "add"}
+ALIKE = {
+    "fill", "zero", "native_dropout", "masked_fill", "where", "copy", "lerp", "addcmul", "addcdiv", "mul", "add",
+    "log_sigmoid_forward",
+}  # fmt: skip
 REDUCTIONS = {
     "sum", "mean", "amax", "amin", "prod", "linalg_vector_norm", "norm", "var", "std", "any", "all", "max", "min",
     "argmax", "argmin", "logsumexp", "median", "var_mean", "std_mean",

@@ -29,12 +29,13 @@ class Walks:
     normalising: set[int]
 
     def writers(
-        self, value: Value, atoms: Set[Term] | None, stops: Set[int] = frozenset(), depth: int = 0
+        self, value: Value, atoms: Set[Term] | None, stops: Set[int] = frozenset(), rooms: Set[int] = frozenset()
     ) -> Iterator[Writer]:
         """What gives a value its factor along some atoms (None: as a whole), found by walking back through linear steps.
 
         Yields parameters that write (`"write"`), gains and tables; `"stop"` where a value of `stops` (by id) is met; and
-        `"blocked"` where a step is not linear.
+        `"blocked"` where a step is not linear. `rooms` holds what is filled in place and was met already: what is read
+        from there to be written there is told by what else is written.
         """
         if id(value) in stops:
             yield Writer("stop", (), value, None)
@@ -43,15 +44,14 @@ class Walks:
         if value.kind == "weight":
             yield Writer("write", self._places(value, atoms), None, node)
             return
-        if node is None or value.kind == "constant":
+        if node is None or value.kind == "constant" or value.filled:
             written = [w for w in self.writes.get(value.storage, ()) if w is not value and w.kind == "activation"]
-            if value.kind == "constant" and (
-                written or not bool((value.tensor != 0).any()) or value.tensor.numel() == 0
-            ):
-                for other in written:
+            empty = value.kind == "constant" and not bool((value.tensor != 0).any())
+            if value.filled or empty or value.kind == "constant" and written:
+                for other in written if value.storage not in rooms else ():
                     for source in other.node.inputs[1:]:  # type: ignore[union-attr]
                         if source.tensor.is_floating_point():  # what is written; the others say where
-                            yield from self.writers(source, atoms, stops, depth + 1)
+                            yield from self.writers(source, atoms, stops, rooms | {value.storage})
                 return
             yield Writer("blocked", (), value, node)
             return
@@ -68,7 +68,7 @@ class Walks:
                         yield Writer("write", places, acts[0] if acts else None, node)
                 return
             for other in carrying[-1:]:
-                yield from self.writers(other, atoms, stops, depth + 1)
+                yield from self.writers(other, atoms, stops, rooms)
             return
         if name == "embedding":
             yield Writer("table", self._places(node.inputs[0], atoms), None, node)
@@ -96,7 +96,7 @@ class Walks:
                 yield Writer("product", (), None, node, tuple(carrying))
                 return
             for other in carrying or acts[:1]:
-                yield from self.writers(other, atoms, stops, depth + 1)
+                yield from self.writers(other, atoms, stops, rooms)
             return
         if name in ADDS or name in STRUCTURAL or name in ("sum", "mean"):
             inputs = [v for v in node.inputs if v.kind != "constant"]
@@ -115,7 +115,7 @@ class Walks:
                 inputs = [v for v in node.inputs if v.tensor.is_floating_point()]
             for other in inputs:
                 if atoms is None or any(carries(other, a) for a in atoms) or other.kind == "constant":
-                    yield from self.writers(other, atoms, stops, depth + 1)
+                    yield from self.writers(other, atoms, stops, rooms)
             return
         yield Writer("blocked", (), carrying[0] if carrying else None, node)
 
