@@ -17,10 +17,11 @@ from ..errors import SizeError, WarmstartError
 from .layerwise import PER_LAYER, carry, is_integer, marks
 from .maps import LayerMap
 
-# Integers that size no tensor, or count layers.
+# Integers that size no tensor (units that sizes are rounded to), or count layers.
 NOT_A_SIZE = re.compile(
-    r".*(token_id|token_index|_idx|(?<!per_)layers?|_layer_id|max_length|seed|_version)|num_labels"
+    r".*(token_id|token_index|_idx|(?<!per_)layers?|_layer_id|max_length|seed|_version|multiple_of)|num_labels"
 )
+COUNTS_LAYERS = r".*(layers?|depth|num_blocks|layers_per_stack)"
 
 
 def config_dtype(config: PreTrainedConfig) -> torch.dtype | None:
@@ -140,7 +141,7 @@ def layer_attributes(config: PreTrainedConfig) -> list[str]:
         elif (
             isinstance(value, int)
             and not isinstance(value, bool)
-            and re.fullmatch(r".*(layers?|depth|num_blocks|layers_per_stack)", reverse.get(name, name))
+            and re.fullmatch(COUNTS_LAYERS, reverse.get(name, name))
         ):
             found.append(reverse.get(name, name))
     order = lambda p: (p.count("."), p != "num_hidden_layers", "text" not in p, "decoder" in p)  # noqa: E731
@@ -187,6 +188,7 @@ def resize_config(
             level[name] = carry(name, value, layers, layer_map.source)
         if own in level:  # else it follows from a list
             level[own] = layer_map.after
+            level |= dict.fromkeys(_echoes(_level(config, path), own), layer_map.after)
     try:
         resized = type(config).from_dict(data)
     except (StrictDataclassError, AttributeError, ValueError) as error:
@@ -195,6 +197,25 @@ def resize_config(
     _keep_implementations(config, resized)
     resized.dtype = config_dtype(config)
     return resized
+
+
+def _echoes(level: PreTrainedConfig, own: str) -> list[str]:
+    """Other attributes that count the same layers: left out, they become what this one is."""
+    data = level.to_dict()
+    layers = data[own]
+    alike = [
+        n for n, v in data.items() if n != own and is_integer(v) and v == layers and re.fullmatch(COUNTS_LAYERS, n)
+    ]
+    return [name for name in alike if all(_left_out(level, data, own, name, layers + k) for k in (1, 2))]
+
+
+def _left_out(level: PreTrainedConfig, data: Mapping[str, Any], own: str, other: str, layers: int) -> bool:
+    """Whether an attribute that is left out becomes the number of layers."""
+    try:
+        made = type(level).from_dict({**{n: v for n, v in data.items() if n != other}, own: layers})
+    except (StrictDataclassError, AttributeError, ValueError):
+        return False  # the kinds of layers are those of the old number
+    return getattr(made, other, None) == layers
 
 
 def _own_level(config: PreTrainedConfig, data: dict, path: str) -> tuple[Any, str]:

@@ -224,6 +224,9 @@ class Layout:
             for name, shape in shapes.items()
             for axis, length in zip(layouts[name].axes, shape, strict=True)
         ]
+        for axis, length in pending:  # a size that the class rounds is what its tensors say
+            if len(alone := set(axis.spaces())) == 1 and alone <= set(sizes) and axis.size(sizes) != length:
+                del sizes[alone.pop()]
         for _ in range(2):  # an axis with one unknown space tells its size
             for axis, length in pending:
                 unknown = set(axis.spaces()) - set(sizes)

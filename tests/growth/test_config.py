@@ -7,7 +7,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
 from hf_warmstart import GrowthConfig, WarmstartError, __version__, plan_growth
 from hf_warmstart.growth.operators import DEPTH_OPERATORS, WIDTH_OPERATORS
@@ -103,3 +103,12 @@ def test_head_dim_vocabulary_positions_and_eps_stay(family):
     grown |= {"layer_types", "no_rope_layers", "max_window_layers"}
     assert set(plan.changes) <= grown
     assert {name for name in before if before[name] != after[name]} == set(plan.changes)
+
+
+def test_sizes_that_a_class_rounds_are_what_its_tensors_say():
+    """1024.1 inner units at width 384, 2048.3 at 768, both cut and rounded up to multiples of 64."""
+    sizes = {"hidden_size": 384, "num_hidden_layers": 2, "num_heads": 4, "vocab_size": 97}
+    plan = plan_growth(AutoConfig.for_model("xlstm", **sizes), width=2)
+    assert plan.shapes["backbone.blocks.0.ffn.proj_down.weight"] == (384, 1024)
+    assert plan.target_shapes["backbone.blocks.0.ffn.proj_down.weight"] == (768, 2048)
+    assert "ffn_round_up_to_multiple_of" not in plan.changes

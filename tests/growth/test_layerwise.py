@@ -157,6 +157,15 @@ def test_a_number_of_layers_that_a_class_works_out_follows_its_list():
     assert plan_growth(probe_config(config), num_hidden_layers=6).changes == plan.changes
 
 
+def test_a_second_count_of_the_same_layers_follows_the_first():
+    config = AutoConfig.for_model("xlstm", num_hidden_layers=3, num_blocks=3)
+    deeper = resize_config(config, {}, {"num_hidden_layers": LayerMap(3, (0, 1, 1, 2), (False, False, True, False))})
+    assert (deeper.num_hidden_layers, deeper.num_blocks) == (4, 4)
+    both = AutoConfig.for_model("bart", encoder_layers=12, decoder_layers=12)  # 12 is also what is left out
+    deeper = resize_config(both, {}, {"num_hidden_layers": LayerMap(12, (*range(12), 11), (False,) * 13)})
+    assert (deeper.encoder_layers, deeper.decoder_layers) == (13, 12)
+
+
 def test_dense_layers_below_experts_stay_dense_in_a_plan():
     sizes = {"num_hidden_layers": 4, "first_k_dense_replace": 2}
     plan = plan_growth(AutoConfig.for_model("deepseek_v3", **sizes), depth=2)

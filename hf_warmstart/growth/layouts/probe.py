@@ -92,7 +92,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r".*type_vocab_sizes?|num_conv_layers|num_feat_extract_layers|pretraining_tp|chunk_size_feed_forward", None),
     (r".*vocab.*", VOCABULARY),
     (
-        r".*positions?(_embeddings)?|n_ctx|context_length|max_seq_len|model_max_length|max_.*length|rel_extent",
+        r".*positions?(_embeddings)?|n_ctx|context_length|max_seq_len|model_max_length|max_.*length|max_.*chunksize|rel_extent",
         at_most(POSITIONS),
     ),
     (r".*position_embeddings.*|max_pos_emb|.*max_distance|mem_len|.*num_buckets", at_most(16)),
