@@ -109,6 +109,8 @@ class Stack:
         branch_ends: templated names of the tensors that end a residual branch: zero them and the layer is an identity.
         post_norms: for layers whose output is a norm of the stream (post-norm), the (gain, bias) of each such norm in
             order: a new layer is one more norm of what is normed already.
+        inner_norms: for layers that go on from a norm of the stream, the (gain, bias) of each such norm in order: a new
+            layer returns a norm of what it is given, and the norm that comes next takes it for the same.
         gates: templated names of tensors that multiply the stream itself: one in a new layer.
         reason: why no new layer can be an identity; empty where one can.
         append: whether new layers must follow all others, since the class computes something from a layer's number.
@@ -122,6 +124,7 @@ class Stack:
     attribute: str
     branch_ends: tuple[str, ...] = ()
     post_norms: tuple[tuple[str, ...], ...] = ()
+    inner_norms: tuple[tuple[str, ...], ...] = ()
     gates: tuple[str, ...] = ()
     reason: str = ""
     append: bool = False
@@ -132,6 +135,11 @@ class Stack:
     def may_copy(self, layer: int, signatures: Mapping[str, str]) -> bool:
         """Whether a new layer may copy a layer, by the `layer_signatures` of the model."""
         return not self.copied or signatures.get(self.prefix.replace("{i}", str(layer))) in self.copied
+
+    @property
+    def normed(self) -> bool:
+        """Whether a new layer norms the stream once more."""
+        return bool(self.post_norms or self.inner_norms)
 
 
 @dataclass(frozen=True)
@@ -320,6 +328,7 @@ class Layout:
                     **s,
                     "branch_ends": tuple(s.get("branch_ends", ())),
                     "post_norms": tuple(map(tuple, s.get("post_norms", ()))),
+                    "inner_norms": tuple(map(tuple, s.get("inner_norms", ()))),
                     "gates": tuple(s.get("gates", ())),
                     "copied": tuple(s.get("copied", ())),
                 }

@@ -158,6 +158,9 @@ class GrowthPlan:
             return -offset
         if gated[layer] and template in stack.gates:
             return 1.0 - offset
+        inner = next((norm for norm in stack.inner_norms if template in norm), None)
+        if gated[layer] and inner is not None:
+            return 0.0 if inner.index(template) else 1.0 - offset
         followed = layer + 1 < len(gated) and gated[layer + 1]
         for number, norm in enumerate(stack.post_norms):
             # A run of post-norm layers that add nothing norms one vector again and again: only the last norm of the run
@@ -236,9 +239,10 @@ class GrowthPlan:
         normed: dict[tuple, str] = {}  # by the norms: lists side by side may make layers together
         for stack in self.layout.stacks:
             deeper = not self.layer_maps[stack.attribute].is_identity
-            if deeper and stack.post_norms and self.growth_config.depth_operator == "identity_blocks":
-                words = f"{stack.prefix} ends in a norm of the stream, which a new layer applies once more"
-                normed.setdefault(stack.post_norms, words)
+            if deeper and stack.normed and self.growth_config.depth_operator == "identity_blocks":
+                where = "ends in" if stack.post_norms else "goes on from"
+                words = f"{stack.prefix} {where} a norm of the stream, which a new layer applies once more"
+                normed.setdefault(stack.post_norms + stack.inner_norms, words)
             if deeper and stack.scaled and self.growth_config.depth_operator == "identity_blocks":
                 reasons.append(f"{stack.prefix} scales the stream, which the norm behind takes back but for its eps")
         return [*reasons, *normed.values()]

@@ -297,7 +297,7 @@ def _judged(growth: Growth, plan: GrowthPlan, made: Certificate) -> GrowthResult
         status, reason = Status.NOT_EXACT, _what_differs(made, checks)
     else:
         deeper = [stack for stack in plan.layout.stacks if not plan.layer_maps[stack.attribute].is_identity]
-        normed = any(stack.post_norms for stack in deeper) and not any(stack.reason for stack in deeper)
+        normed = any(stack.normed for stack in deeper) and not any(stack.reason for stack in deeper)
         status, reason = Status.POST_NORM if normed else Status.APPROXIMATE, plan.reason
     return GrowthResult(
         growth.name,

@@ -216,3 +216,38 @@ def test_a_number_that_is_added_to_the_stream_is_never_called_exact_in_depth():
         assert "identity" in str(error)
     else:
         assert not certificate.exact
+
+
+class RestartedBlock(QuillBlock):
+    """Every block goes on from a norm of the stream, twice what it was."""
+
+    def __init__(self, config: QuillConfig):
+        super().__init__(config)
+        self.start = QuillNorm(config.model_width, config.eps)
+
+    def forward(self, x):
+        return super().forward(2.0 * self.start(x))
+
+
+class RestartedModel(QuillModel):
+    block_class = RestartedBlock
+
+
+class BareModel(RestartedModel):
+    """The head reads the stream itself, and would see one more norm of it."""
+
+    def __init__(self, config: QuillConfig):
+        super().__init__(config)
+        self.last = nn.Identity()
+
+
+@pytest.mark.parametrize(("eps", "change"), [(1e-5, 1e-3), (1e-12, 1e-9)])
+def test_a_block_that_goes_on_from_a_norm_is_added_up_to_its_eps(eps, change):
+    certificate = certify(RestartedModel(QuillConfig(eps=eps)), depth=2)
+    assert not certificate.exact and "goes on from a norm of the stream" in certificate.reason
+    assert 0 < certificate.max_relative_error < change and certificate.max_pullback_error < change
+
+
+def test_one_more_norm_is_refused_where_the_stream_is_read_without():
+    with pytest.raises(WarmstartError, match="cannot be an identity: new layers change the output"):
+        plan_growth(BareModel(QuillConfig()), depth=2)

@@ -15,6 +15,7 @@ from . import cache
 from .derive import derive_layout
 from .moves import REFUSALS
 from .probe import probe_config, set_dtype
+from .stacks import NORM_TOLERANCE
 
 SCALED_TOLERANCE = 1e-3  # what a norm's eps may change where new layers scale the stream
 
@@ -103,5 +104,6 @@ def _depth_changes(model_class, config: PreTrainedConfig, layout: Layout, stack:
         return str(error).splitlines()[0]
     except REFUSALS as error:
         return f"the deeper twin does not run ({type(error).__name__}: {error})"
-    tolerance = SCALED_TOLERANCE if stack.scaled else LOGITS_TOLERANCE
+    # What eps may change: of norms that are applied once more (and no reader of the raw stream), of a scaled stream.
+    tolerance = NORM_TOLERANCE if stack.inner_norms else SCALED_TOLERANCE if stack.scaled else LOGITS_TOLERANCE
     return "" if change < tolerance else f"new layers change the output by {change:.0e}"

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,28 @@ ZERO_AT_ZERO = {
     "hardswish",
 }
 IDENTITY_TOLERANCE = 1e-5
+NORM_TOLERANCE = 1e-2
+
+
+@dataclass
+class Ends:
+    """What must be zero for a layer to return what it was given, up to norms.
+
+    Args:
+        refusal: what is in the way. zeros: names of the tensors that end branches. norms: those of the norms that the
+            stream goes through, in order. last: whether the last norm is the layer's output. gates: names of tensors
+            that multiply the stream.
+    """
+
+    refusal: str = ""
+    zeros: set[str] = field(default_factory=set)
+    norms: list[tuple[str, ...]] = field(default_factory=list)
+    last: bool = False
+    gates: set[str] = field(default_factory=set)
+
+    def templated(self, template: Callable[[str], str]) -> tuple:
+        """The norms, by templated names, and whether the last one is the output: what layers must have in common."""
+        return [tuple(map(template, norm)) for norm in self.norms], self.last
 
 
 def find_stacks(base: Trace, model_class: type[PreTrainedModel]) -> list[Stack]:
@@ -128,35 +151,32 @@ def _stack(base: Trace, lists: Sequence[str], path: str, kept: Set[int], names: 
     runs = {k: [call for call in base.tape.calls if call in {f"{part}.{k}" for part in lists}] for k in numbers}
     able = [k for k in numbers if k not in kept and len(runs[k]) == len(lists)]
     calls = base.tape.calls
-    ends: set[str] = set()
-    gates: set[str] = set()
-    found: dict[int, tuple[set[str], list[tuple[str, ...]], set[str]]] = {}
+    found: dict[int, Ends] = {}
     problem = ""
     template = lambda n: re.sub(rf"^({'|'.join(map(re.escape, lists))})\.\d+(?=\.)", r"\1.{i}", n)  # noqa: E731
     for k in able:
         stream = _stream(calls[runs[k][0]][0], calls[runs[k][-1]][1])
         if stream is None:
             continue
-        refusal, mine, norms, own_gates = _layer_ends(base.analysis, *stream)
-        outside = [n for n in sorted(mine | own_gates) if not n.startswith(tuple(f"{run}." for run in runs[k]))]
+        ends = _layer_ends(base.analysis, *stream)
+        outside = [n for n in sorted(ends.zeros | ends.gates) if not n.startswith(tuple(f"{run}." for run in runs[k]))]
         if outside:
-            refusal = f"{outside[0]} is shared with other layers"
-        if refusal:
-            problem = f"{name}.{k}: {refusal}"
+            ends.refusal = f"{outside[0]} is shared with other layers"
+        if ends.refusal:
+            problem = f"{name}.{k}: {ends.refusal}"
             continue
-        found[k] = mine, [tuple(template(n) for n in norm) for norm in norms], own_gates
+        found[k] = ends
     if not able:
         return Stack(prefix, path, reason="each of its layers must stay where it is, or is left out by the inputs")
     if not found:
         return Stack(prefix, path, reason=problem or "no layer returns a stream like the one that it is given")
     # Layers that differ from the last (a first one with a norm of its own) are not for copying.
-    if able[-1] not in found:
-        return Stack(prefix, path, reason=problem or f"{name}.{able[-1]} returns no stream like the one it is given")
-    usual = found[able[-1]][1]
-    good = {k for k, f in found.items() if f[1] == usual}
-    for k in good:
-        ends |= {template(n) for n in found[k][0]}
-        gates |= {template(n) for n in found[k][2]}
+    last = able[-1]
+    if last not in found:
+        return Stack(prefix, path, reason=problem or f"{name}.{last} returns no stream like the one it is given")
+    usual = found[last].templated(template)
+    good = {k for k, ends in found.items() if ends.templated(template) == usual}
+    norms, normed = tuple(usual[0]), found[last].last
     special = len(good) < len(able)
     signatures = layer_signatures(names, [Stack(prefix, path)])
     kinds = {k: signatures.get(f"{name}.{k}", "") for k in numbers}
@@ -166,9 +186,10 @@ def _stack(base: Trace, lists: Sequence[str], path: str, kept: Set[int], names: 
     stack = Stack(
         prefix,
         path,
-        tuple(sorted(ends)),
-        tuple(usual),
-        tuple(sorted(gates)),
+        tuple(sorted({template(n) for k in good for n in found[k].zeros})),
+        post_norms=norms if normed else (),
+        inner_norms=() if normed else norms,
+        gates=tuple(sorted({template(n) for k in good for n in found[k].gates})),
         append=special,
         special=special,
         copied=tuple(sorted(copied)),
@@ -185,17 +206,10 @@ def _stream(read: list[Value], made: list[Value]) -> tuple[Value, Value] | None:
     return None
 
 
-def _layer_ends(
-    analysis: Analysis, entry: Value, leaving: Value
-) -> tuple[str, set[str], list[tuple[str, ...]], set[str]]:
-    """What must be zero for a layer to return what it was given.
-
-    Returns:
-        (what is in the way, names of the ends, norms of the stream for post-norm layers, names of gates of the stream).
-    """
+def _layer_ends(analysis: Analysis, entry: Value, leaving: Value) -> Ends:
+    """What must be zero for a layer to return what it was given."""
     atoms = {atom for dim in entry.dims[-1:] for atom in dim.term.atoms()}
-    ends: set[str] = set()
-    norms: list[tuple[str, ...]] = []
+    made = Ends()
     value = leaving
     for _ in range(8):
         # Once each: what is written in place is met on more than one way.
@@ -203,31 +217,35 @@ def _layer_ends(
             {(w.kind, id(w.node), w.places): w for w in analysis.writers(value, atoms, {id(entry)})}.values()
         )
         gates = analysis.identity_gates(value, entry)
-        if gates is not None:
-            for writer in _past_gates(analysis, writers, gates, atoms, entry):
-                found = _zeros(analysis, writer, atoms, 0)
-                if found is None:
-                    return f"{writer.kind} at {writer.node} ends a branch", set(), [], set()
-                ends |= found
-            return "", ends, norms[::-1], gates
-        gains = [w for w in writers if w.kind == "gain" and w.reads is not None]
-        if len(gains) != 1:
-            return f"its output is no sum with its input ({[str(w.node) for w in writers][:3]})", set(), [], set()
-        norm = gains[0]
-        biases = [w for w in writers if w.kind == "write" and (w.node is norm.node or _follows(w, norm))]
-        for writer in writers:
+        norm, biases = (None, []) if gates is not None else _stream_norm(writers)
+        if gates is None and norm is None:
+            return Ends(f"its output is no sum with its input ({[str(w.node) for w in writers][:3]})")
+        branches = writers if gates is None else _past_gates(analysis, writers, gates, atoms, entry)
+        for writer in branches:
             if writer is norm or writer in biases:
                 continue
-            found = _zeros(analysis, writer, atoms, 0)
-            if found is None:
-                return f"{writer.kind} at {writer.node} ends a branch", set(), [], set()
-            ends |= found
-        norms.append(tuple(dict.fromkeys(p[0] for w in (norm, *biases) for p in w.places)))
+            zeros = _zeros(analysis, writer, atoms, 0)
+            if zeros is None:
+                return Ends(f"{writer.kind} at {writer.node} ends a branch")
+            made.zeros |= zeros
+        if norm is None:
+            made.gates = gates or set()
+            return made
+        made.last |= not made.norms and not made.zeros
+        made.norms.insert(0, tuple(dict.fromkeys(p[0] for w in (norm, *biases) for p in w.places)))
         if len({id(node) for place in norm.places for node, *_ in analysis.gains[place]}) > 1:
             # It would have to be one where another layer follows, and as it is where it is used again.
-            return f"the norm {norms[-1][0]} of the stream is used more than once", set(), [], set()
-        value = norm.reads  # type: ignore[assignment]
-    return "its stream could not be followed", set(), [], set()
+            return Ends(f"the norm {made.norms[0][0]} of the stream is used more than once")
+        value = analysis.before_norm(norm.reads, atoms)  # type: ignore[arg-type]
+    return Ends("its stream could not be followed")
+
+
+def _stream_norm(writers: list[Writer]) -> tuple[Writer | None, list[Writer]]:
+    """The gain of the one norm that a stream comes from, and its biases."""
+    gains = [w for w in writers if w.kind == "gain" and w.reads is not None]
+    if len(gains) != 1:
+        return None, []
+    return gains[0], [w for w in writers if w.kind == "write" and (w.node is gains[0].node or _follows(w, gains[0]))]
 
 
 def _past_gates(analysis: Analysis, writers, gates: set[str], atoms, entry: Value, depth: int = 0):
@@ -294,7 +312,8 @@ def _tried(base: Trace, stack: Stack, layers: Iterable[tuple[str, str]]) -> Stac
         fill(template, 0.0)
     for template in stack.gates:
         fill(template, 1.0)
-    for norm in stack.post_norms:
+    norms = stack.post_norms + stack.inner_norms
+    for norm in norms:
         for position, template in enumerate(norm):
             fill(template, 0.0 if position else 1.0)
     problems: list[str] = []
@@ -311,20 +330,17 @@ def _tried(base: Trace, stack: Stack, layers: Iterable[tuple[str, str]]) -> Stac
         if given is None or made is None or given.shape != made.shape:
             problems.append("a layer returns another shape than it is given")
             return
-        if stack.post_norms:
-            expected = (given - given.mean(-1, keepdim=True)) / given.var(-1, unbiased=False, keepdim=True).sqrt()
-            error = min(
-                float((made - e).abs().max() / e.abs().max())
-                for e in (expected, given / given.square().mean(-1, keepdim=True).sqrt())
-            )
-            if error > 1e-2:
+        if norms:
+            made = _unit(made) if stack.inner_norms else made  # the norm that comes next does not see a factor
+            error = min(_distance(made, _unit(given - given.mean(-1, keepdim=True))), _distance(made, _unit(given)))
+            if error > NORM_TOLERANCE:
                 problems.append(
                     f"with its branch ends zero a layer is no norm of its input: they differ by {error:.0e}"
                 )
             return
         factors.append(float((made * given).sum() / given.square().sum()))
         if float((made - factors[-1] * given).abs().max() / given.abs().max()) > IDENTITY_TOLERANCE:
-            error = float((made - given).abs().max() / given.abs().max())
+            error = _distance(made, given)
             problems.append(f"with its branch ends zero a layer still changes its input by {error:.0e}")
 
     handles = []
@@ -343,6 +359,15 @@ def _tried(base: Trace, stack: Stack, layers: Iterable[tuple[str, str]]) -> Stac
         return Stack(stack.prefix, stack.attribute, reason=problems[0])
     scaled = any(abs(factor - 1) > IDENTITY_TOLERANCE for factor in factors)
     return dataclasses.replace(stack, append=stack.append or scaled, scaled=scaled)
+
+
+def _unit(value: Tensor) -> Tensor:
+    """A value whose mean square is one along the last axis."""
+    return value / value.square().mean(-1, keepdim=True).sqrt()
+
+
+def _distance(made: Tensor, expected: Tensor) -> float:
+    return float((made - expected).abs().max() / expected.abs().max())
 
 
 def merge_layers(

@@ -28,6 +28,10 @@ class Walks:
     writes: dict[int, list[Value]]
     normalising: set[int]
 
+    def origin(self, value: Value) -> Value:
+        """What a value is made of, casts and views skipped."""
+        raise NotImplementedError
+
     def writers(
         self, value: Value, atoms: Set[Term] | None, stops: Set[int] = frozenset(), rooms: Set[int] = frozenset()
     ) -> Iterator[Writer]:
@@ -139,12 +143,24 @@ class Walks:
         inner = dims[-2] if value is node.inputs[1] else dims[-1]
         yield from inner.source
 
+    def before_norm(self, value: Value, atoms: Set[Term]) -> Value:
+        """What a norm over some atoms was given, from its image; any other value as it is."""
+        node = self.origin(value).node
+        if node is None or id(node) not in self.normalising:
+            return value
+        return next(v for v in node.inputs if v.kind == "activation" and any(carries(v, atom) for atom in atoms))
+
     def identity_gates(self, value: Value, entry: Value, depth: int = 0) -> set[str] | None:
         """Parameters that multiply `entry` on its way to `value` by linear steps; None where it does not get there."""
         if value is entry:
             return set()
         node = value.node
-        if node is None or depth > 40 or base_name(node) not in STRUCTURAL | ADDS | MULS:
+        if (
+            node is None
+            or depth > 40
+            or base_name(node) not in STRUCTURAL | ADDS | MULS
+            or id(node) in self.normalising
+        ):
             return None
         for other in node.inputs:
             if other.kind != "activation":
