@@ -408,6 +408,23 @@ def test_constants_that_are_one_number_for_all_heads_hold_nothing():
         assert "constant" not in seen.analysis.facts[part[1]]
 
 
+@pytest.mark.parametrize("held", [True, False])
+def test_constants_that_heads_are_multiplied_by_hold_the_heads_where_they_differ(held):
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.write = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            turn = torch.randn(HEADS if held else 1, DIM, DIM)
+            return heads(self.write(x)) @ turn.expand(HEADS, DIM, DIM)
+
+    seen = Seen(Turned())
+    number, inside = seen.axis("write.weight", 0)[1:]
+    assert ("constant" in seen.analysis.facts[number[1]]) == held
+    assert "constant" in seen.analysis.facts[inside[1]]
+
+
 def test_room_that_is_filled_in_place_is_no_constant():
     class Filled(nn.Module):
         def __init__(self):

@@ -278,11 +278,9 @@ class Analysis(Walks):
                     for place in dim.source:
                         if other is not None and contracted:
                             self.reads[place].append((node, other))
-        if base_name(node) == "baddbmm" and node.inputs[-1].kind == "constant":
-            for dim in node.inputs[-1].dims:
-                for atom in roots(dim.term):
-                    if dim.size > 1 and self._uniform(node.inputs[-1], atom) is None:
-                        self._fact("constant", atom, node)
+        if node.name != "convolution":
+            for value in node.inputs:
+                self._held_by_constant(node, value)
         out_atoms = {atom for out in node.outputs for dim in out.dims for atom in roots(dim.term)}
         weight_out = {
             atom
@@ -293,6 +291,13 @@ class Analysis(Walks):
             for atom in roots(dim.term)
         }
         return {atom: "raw" if atom in weight_out or atom not in phases else phases[atom] for atom in out_atoms}
+
+    def _held_by_constant(self, node: Node, value: Value) -> None:
+        """A constant that differs along an axis that it shares (heads of a batched product, scores' biases) holds it."""
+        for dim in value.dims if value.kind == "constant" else ():
+            for atom in roots(dim.term):
+                if dim.size > 1 and self._uniform(value, atom) is None:
+                    self._fact("constant", atom, node)
 
     def _roles(self, dim: Dim) -> set[str]:
         return {role for place in dim.source for role in self.tape.roles.get(place, ())}
