@@ -221,8 +221,22 @@ def _old(output: Tensor, shape: torch.Size) -> Tensor:
 def _output_and_gradients(
     model: PreTrainedModel, inputs: Mapping[str, Any], seed: int, shape: torch.Size | None = None
 ) -> Tensor:
-    """The output in `eval` mode; the gradient of a random linear function of it is left on the parameters."""
-    model.eval().zero_grad()
+    """The output in `eval` mode; the gradient of a random linear function of it is left on the parameters.
+
+    A class that takes gradients in training alone, since it computes anew what it does not keep, stays in that mode:
+    twins have no dropout.
+    """
+    try:
+        return _differentiated(model.eval(), inputs, seed, shape)
+    except REFUSALS as fault:
+        try:
+            return _differentiated(model.train(), inputs, seed, shape)
+        except REFUSALS:
+            raise fault from None
+
+
+def _differentiated(model: PreTrainedModel, inputs: Mapping[str, Any], seed: int, shape: torch.Size | None) -> Tensor:
+    model.zero_grad()
     with torch.enable_grad():
         output = _run(model, inputs)
         output = output if shape is None else _old(output, shape)

@@ -40,6 +40,7 @@ REFUSED = [
     ("causal-lm", "bert", {"width": 1.5}, "whole factors"),
     ("causal-lm", "gpt_neox_japanese", {"depth": 2}, "more layers would drop"),
     ("causal-lm", "beam", {"depth": 2}, "cannot be an identity"),
+    ("causal-lm", "deepseek_v4", {"depth": 2}, "its stream is multiplied by activations"),
 ]
 
 
@@ -57,11 +58,13 @@ def test_what_cannot_grow_is_refused_with_the_place_in_the_model(kind, model_typ
         make_plan(model_class, probe_config(config), GrowthConfig(**options))
 
 
-def test_a_class_that_does_not_run_its_twin_is_not_certified_rather_than_wrong():
-    """Reformer asks for training mode before it takes a gradient."""
+@pytest.mark.parametrize("growth", [zoo.SUITE[0], zoo.SUITE[3]], ids=lambda growth: growth.name)
+def test_reversible_layers_are_certified_in_training_mode(growth):
+    """Reformer takes no gradient in another; its heads, each with random numbers of its own, stay as many as they are."""
     model_class, config = source_of("causal-lm", "reformer")
-    made = zoo.certify_growth(model_class, probe_config(config), zoo.SUITE[0])
-    assert made.status is Status.REFUSED and made.reason.startswith("not certified: the twins do not run"), made
+    made = zoo.certify_growth(model_class, probe_config(config), growth)
+    assert made.status is Status.EXACT, made
+    assert make_plan(model_class, probe_config(config), GrowthConfig(width=2)).target_config.num_attention_heads == 4
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "mixtral", "t5", "vit"])

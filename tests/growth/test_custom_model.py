@@ -251,3 +251,51 @@ def test_a_block_that_goes_on_from_a_norm_is_added_up_to_its_eps(eps, change):
 def test_one_more_norm_is_refused_where_the_stream_is_read_without():
     with pytest.raises(WarmstartError, match="cannot be an identity: new layers change the output"):
         plan_growth(BareModel(QuillConfig()), depth=2)
+
+
+class StubbornModel(QuillModel):
+    """Takes gradients in training alone, or never."""
+
+    trains = True
+
+    def forward(self, input_ids=None, **kwargs):
+        if torch.is_grad_enabled() and not (self.trains and self.training):
+            raise ValueError("no gradients here")
+        return super().forward(input_ids, **kwargs)
+
+
+def test_gradients_are_taken_in_training_mode_where_a_class_takes_none_in_another():
+    assert certify(StubbornModel(QuillConfig()), width=2).exact
+    never = type("NeverModel", (StubbornModel,), {"trains": False})
+    certificate = certify(never(QuillConfig()), width=2)
+    assert not certificate.exact and not certificate.ran and "the twins do not run" in certificate.reason
+
+
+class TwoStreamsBlock(QuillBlock):
+    """A reversible block: each of two streams is added to by what the other says; given by name in another order."""
+
+    def __init__(self, config: QuillConfig):
+        super().__init__(config)
+        self.ear, self.mouth = nn.Linear(config.model_width, config.ink), nn.Linear(config.ink, config.model_width)
+
+    def forward(self, second, first):
+        first = first + self.mouth(F.gelu(self.ear(self.before_look(second))))
+        second = second + self.think_out(F.gelu(self.think(self.before_think(first)).chunk(2, dim=-1)[0]))
+        return first, second
+
+
+class TwoStreamsModel(QuillModel):
+    block_class = TwoStreamsBlock
+
+    def forward(self, input_ids=None, **kwargs):
+        first = second = self.stream(input_ids)
+        for block in self.blocks:
+            first, second = block(second=second, first=first)
+        return CausalLMOutput(logits=self.read_out(self.last(first + second)))
+
+
+def test_a_block_of_several_streams_is_an_identity_when_each_is():
+    plan = plan_growth(TwoStreamsModel(QuillConfig()), depth=2)
+    ends = {"mouth.weight", "mouth.bias", "think_out.weight"}
+    assert set(plan.layout.stacks[0].branch_ends) == {f"blocks.{{i}}.{name}" for name in ends}
+    assert certify(TwoStreamsModel(QuillConfig()), depth=2).max_relative_error < 1e-10

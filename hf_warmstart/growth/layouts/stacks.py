@@ -155,10 +155,12 @@ def _stack(base: Trace, lists: Sequence[str], path: str, kept: Set[int], names: 
     problem = ""
     template = lambda n: re.sub(rf"^({'|'.join(map(re.escape, lists))})\.\d+(?=\.)", r"\1.{i}", n)  # noqa: E731
     for k in able:
-        stream = _stream(calls[runs[k][0]][0], calls[runs[k][-1]][1])
-        if stream is None:
+        streams = _streams(calls[runs[k][0]][0], calls[runs[k][-1]][1])
+        if not streams:
             continue
-        ends = _layer_ends(base.analysis, *stream)
+        ends = _layer_ends(base.analysis, *streams[0])
+        if ends.refusal and len(streams) > 1:
+            ends = _all_ends(base.analysis, streams) or ends
         outside = [n for n in sorted(ends.zeros | ends.gates) if not n.startswith(tuple(f"{run}." for run in runs[k]))]
         if outside:
             ends.refusal = f"{outside[0]} is shared with other layers"
@@ -197,13 +199,26 @@ def _stack(base: Trace, lists: Sequence[str], path: str, kept: Set[int], names: 
     return _tried(base, stack, [(runs[k][0], runs[k][-1]) for k in sorted(good)])
 
 
-def _stream(read: list[Value], made: list[Value]) -> tuple[Value, Value] | None:
-    """The stream that enters a layer and the one that leaves it."""
-    for value in read:
-        for out in made:
-            if value.tensor.is_floating_point() and value.tensor.shape == out.tensor.shape and value.tensor.ndim > 1:
-                return value, out
-    return None
+def _streams(read: list[Value], made: list[Value]) -> list[tuple[Value, Value]]:
+    """Pairs of what enters a layer and what leaves it in the same shape; the stream, where there is one, comes first."""
+    return [
+        (value, out)
+        for value in read
+        for out in made
+        if value.tensor.is_floating_point() and value.tensor.shape == out.tensor.shape and value.tensor.ndim > 1
+    ]
+
+
+def _all_ends(analysis: Analysis, streams: list[tuple[Value, Value]]) -> Ends | None:
+    """The ends of a layer with several streams (reversible ones), each of which is added to itself; None where not."""
+    made = Ends()
+    for out in dict.fromkeys(leaving for _, leaving in streams):
+        found = (_layer_ends(analysis, entry, leaving) for entry, leaving in streams if leaving is out)
+        ends = next((ends for ends in found if not (ends.refusal or ends.norms or ends.gates)), None)
+        if ends is None:
+            return None
+        made.zeros |= ends.zeros
+    return made
 
 
 def _layer_ends(analysis: Analysis, entry: Value, leaving: Value) -> Ends:
@@ -219,6 +234,8 @@ def _layer_ends(analysis: Analysis, entry: Value, leaving: Value) -> Ends:
         gates = analysis.identity_gates(value, entry)
         norm, biases = (None, []) if gates is not None else _stream_norm(writers)
         if gates is None and norm is None:
+            if mixed := analysis.mixed(value, entry):
+                return Ends(f"its stream is multiplied by activations, which no zeros make an identity ({mixed})")
             return Ends(f"its output is no sum with its input ({[str(w.node) for w in writers][:3]})")
         branches = writers if gates is None else _past_gates(analysis, writers, gates, atoms, entry)
         for writer in branches:

@@ -170,3 +170,19 @@ class Walks:
                 weights = [v for v in node.inputs if v.kind == "weight"] if base_name(node) in MULS else []
                 return found | {name for v in weights for dim in v.dims for name, _ in dim.source}
         return None
+
+    def mixed(self, value: Value, entry: Value) -> Node | None:
+        """The first product of activations, of the stream's size, that a walk from `value` back by linear steps meets."""
+        pending, seen = [value], {id(entry)}
+        while pending:
+            value = pending.pop()
+            node = value.node
+            if node is None or id(value) in seen:
+                continue
+            seen.add(id(value))
+            acts = [v for v in node.inputs if v.kind == "activation"]
+            if base_name(node) in CONTRACTIONS and len(acts) > 1 and value.tensor.numel() == entry.tensor.numel():
+                return node
+            if base_name(node) in STRUCTURAL | ADDS | MULS:
+                pending += acts
+        return None
