@@ -515,3 +515,50 @@ def test_linear_steps_leave_a_stream_free(function):
             return function(self.write(x))
 
     assert Seen(Acted()).facts(("write.weight", 0)) == set()
+
+
+# -- streams of parameters alone --------------------------------------------------------------------------------------
+
+
+class Latents(nn.Module):
+    """Learned latents, normed or not, that a linear layer reads."""
+
+    def __init__(self, normed: bool):
+        super().__init__()
+        self.latents = nn.Parameter(torch.ones(5, WIDTH))
+        self.norm = nn.LayerNorm(WIDTH) if normed else nn.Identity()
+        self.read = nn.Linear(WIDTH, DIM)
+
+    def forward(self, x):
+        return x[..., :DIM].mean() + self.read(self.norm(self.latents))
+
+
+@pytest.mark.parametrize("normed", [True, False])
+def test_learned_latents_write_and_what_reads_them_reads(normed):
+    """Else the latents would be grown as a reader's columns, and the reader behind the norm as one of the raw stream."""
+    seen = Seen(Latents(normed))
+    assert "read" not in seen.roles("latents")[1]
+    assert seen.roles("read.weight") == [{"write"}, {"read"}]
+    ((_, value),) = seen.analysis.reads["read.weight", 1]
+    assert seen.analysis.phase(value, seen.axis("latents", 1)[1]) == ("normed" if normed else "raw")
+
+
+class Relative(Fused):
+    """Attention with a table of relative positions, which the queries of each head meet."""
+
+    def __init__(self):
+        super().__init__("blocks")
+        self.table = nn.Embedding(2 * TIME, DIM)
+
+    def forward(self, x):
+        q, k, v = (heads(part) for part in self.qkv(x).chunk(3, dim=-1))
+        places = torch.arange(TIME)[:, None] - torch.arange(TIME) + TIME
+        met = q.permute(2, 0, 1, 3).reshape(TIME, -1, DIM) @ self.table(places).transpose(1, 2)
+        return self.out(attend(q, k, v, met.view(TIME, BATCH, HEADS, TIME).permute(1, 2, 0, 3)))
+
+
+def test_a_table_that_queries_meet_is_one_side_of_their_product_and_no_tied_head():
+    seen = Seen(Relative())
+    assert ("table.weight", 1) not in seen.analysis.reads
+    assert "read" not in seen.roles("table.weight")[1]
+    assert "contracted" in seen.facts(("table.weight", 1))

@@ -42,6 +42,7 @@ from .values import (
     Value,
     base_name,
     carries,
+    matrices,
 )
 from .walks import Walks, Writer
 
@@ -267,17 +268,12 @@ class Analysis(Walks):
     def _contraction(self, node: Node, phases: dict[Term, str]) -> dict[Term, str]:
         if node.name == "convolution" and not node.axes:
             return self._depthwise(node, phases)
-        made = {}
-        for value in node.inputs:
-            if value.kind == "weight":
-                other = next((v for v in node.inputs if v is not value and v.kind != "weight"), None)
-                for dim in value.dims:
-                    for atom in roots(dim.term):
-                        made[atom] = "raw"
-                    contracted = bool(node.axes) and dim.term.find() is node.axes[0].find()
+        left, right = node.inputs[:2]
+        for value in matrices(left, right):
+            for dim in value.dims:
+                if node.axes and dim.term.find() is node.axes[0].find():
                     for place in dim.source:
-                        if other is not None and contracted:
-                            self.reads[place].append((node, other))
+                        self.reads[place].append((node, left if value is right else right))
         if node.name != "convolution":
             for value in node.inputs:
                 self._held_by_constant(node, value)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .terms import Term, concat, product, split_product, unify
-from .values import ORDERED, REDUCTIONS, SAME, VIEWS, Dim, Node, Value, fresh
+from .values import ORDERED, REDUCTIONS, SAME, VIEWS, Dim, Node, Value, fresh, matrices
 
 if TYPE_CHECKING:
     from .tape import Tape
@@ -174,7 +174,7 @@ def _mm(tape, node, args, kwargs, outs):
     a, b = (tape.value(t) for t in args[:2])
     tape.contract(node, a.dims[-1], b.dims[-2 if len(b.dims) > 1 else -1], a, b)
     batch = [tape.join([x, y]) for x, y in zip(a.dims[:-2], b.dims[:-2], strict=True)]
-    if batch and a.kind == b.kind == "activation":
+    if batch and not matrices(a, b) and "constant" not in (a.kind, b.kind):
         tape.event("batched", batch, node)
     rest = (list(a.dims[-2:-1])) + (list(b.dims[-1:]) if len(b.dims) > 1 else [])
     for dim in [*batch, *rest]:

@@ -17,7 +17,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .rules import RULES, opaque
 from .terms import Tangle, Term, cut, unify
-from .values import ALIKE, CREATES, SAME, VIEWS, Dim, Event, Kind, Node, ParameterAxis, Value, fresh
+from .values import (
+    ALIKE,
+    CREATES,
+    NORMS,
+    PRODUCES,
+    SAME,
+    VIEWS,
+    Dim,
+    Event,
+    Kind,
+    Node,
+    ParameterAxis,
+    Value,
+    fresh,
+    matrices,
+)
 
 
 class Tape(TorchDispatchMode):
@@ -108,12 +123,15 @@ class Tape(TorchDispatchMode):
         kind: Kind = "activation" if "activation" in kinds else "weight" if "weight" in kinds else "constant"
         if plain in CREATES:
             kind = "constant"  # made in the shape of another value, not of its numbers
+        elif plain in NORMS and kind == "weight":
+            kind = "activation"  # learned latents: a norm's image of them is a stream, whose axes are no parameter's
         for tensor, made in zip(outs, dims, strict=True):
             value = self._new(tensor, tuple(made), kind, node)
             if plain in _KEEPS_PARAMETER and inputs and inputs[0].parameter is not None:
                 value.parameter, value.offset = inputs[0].parameter, inputs[0].offset
             elif plain == "add" and len(inputs) == 1 and inputs[0].parameter and len(node.scalars) == 1:
                 value.parameter, value.offset = inputs[0].parameter, inputs[0].offset + node.scalars[0]
+            value.stream = kind == "weight" and (plain in PRODUCES or any(v.stream for v in inputs))
             node.outputs.append(value)
             if name != plain or plain == "copy":
                 self.writes.setdefault(value.storage, []).append(value)
@@ -216,9 +234,11 @@ class Tape(TorchDispatchMode):
         """Two axes meet in a matrix product."""
         unify(a.term, b.term)
         node.axes = (a.term.find(),)
-        self.role(a, "read")
-        self.role(b, "read")
-        if left.kind == right.kind == "activation":
+        found = matrices(left, right)
+        for dim, value in ((a, left), (b, right)):
+            if value in found:
+                self.role(dim, "read")
+        if not found and "constant" not in (left.kind, right.kind):
             self.event("contracted", [a], node)
         for value in (left, right):
             if value.kind == "constant" and bool((value.tensor != 0).any()):

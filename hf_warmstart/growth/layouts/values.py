@@ -38,6 +38,8 @@ class Value:
         parameter: name of the parameter that it is a view of, if it is one.
         offset: what was added to that parameter (norms of the form `1 + weight`).
         filled: whether it is room that was made by numbers alone and is filled in place by activations.
+        stream: whether a lookup or a product made it: a product with it contracts what its parameters wrote (a table of
+            relative positions, looked up and met by the queries), and they do not read there.
     """
 
     dims: tuple[Dim, ...]
@@ -48,6 +50,12 @@ class Value:
     parameter: str | None = None
     offset: float = 0.0
     filled: bool = False
+    stream: bool = False
+
+    @property
+    def matrix(self) -> bool:
+        """Whether it acts on what it is multiplied with, as the weight of a linear layer does."""
+        return self.kind == "weight" and not self.stream
 
     def __repr__(self) -> str:
         return f"<{self.parameter or self.kind} {[d.term for d in self.dims]}>"
@@ -112,8 +120,15 @@ STRUCTURAL = SAME | VIEWS | {
 ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 SCALING = {"mul", "div", "add", "sub", "rsub", "baddbmm", ATTENTION}  # what brings numbers into a forward
 CONTRACTIONS = {"mm", "bmm", "mv", "dot", "addmm", "baddbmm", "convolution"}
+PRODUCES = CONTRACTIONS | {"embedding"}  # what makes a stream, be it of parameters alone
 NORMS = {"native_layer_norm", "_fused_rms_norm", "native_group_norm"}
 SOFTMAXES = {"_softmax", "_log_softmax", "_safe_softmax"}
+
+
+def matrices(left: Value, right: Value) -> list[Value]:
+    """The operands of a product that act on the other; of two parameters the second, as in a linear layer."""
+    found = [value for value in (left, right) if value.matrix]
+    return found[-1:]
 
 
 def base_name(node: Node) -> str:

@@ -63,7 +63,7 @@ class Walks:
         acts = [v for v in node.inputs if v.kind == "activation"]
         carrying = acts if atoms is None else [v for v in acts if any(carries(v, atom) for atom in atoms)]
         if name in CONTRACTIONS:
-            weights = [v for v in node.inputs if v.kind == "weight"]
+            weights = [v for v in node.inputs if v.matrix]
             # As a whole, a product is scaled by its weight, whatever the weight's axes do.
             writing = [(v, self._places(v, atoms, node if atoms is not None else None)) for v in weights]
             if any(places for _, places in writing):
