@@ -15,7 +15,9 @@ UPTO = r"moe_layer_end_index"  # from the bottom, the last included
 ABOVE = r"num_kv_shared_layers"  # layers counted from the top
 LISTED = r".*(layer_ids|layers|idxs|indices|indexes)"  # numbers of layers
 # Lists that say nothing of layers, though there may be as many entries as layers.
-NOT_PER_LAYER = r"architectures|warmstart|.*(limit|section|factor|range|mean|std|shape|token_id|_dims|multipliers)"
+NOT_PER_LAYER = (
+    r"architectures|warmstart|.*(limit|section|factor|range|mean|std|shape|token_id|_dims|multipliers|_weights)"
+)
 PER_LAYER = "per_layer_config"
 
 

@@ -121,6 +121,7 @@ def test_layers_own_attributes_are_copies():
         ("image_mean", [0.5, 0.5]),
         ("mrope_section", [1, 1]),
         ("time_step_limit", [0.0, 1.0]),
+        ("feed_forward_residual_weights", [1.5, 0.5]),
         ("layer_types", ["full", "full", "full"]),  # of three layers, where there are two
         ("layer_types", None),
         ("per_layer_config", {}),
