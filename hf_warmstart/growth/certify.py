@@ -117,7 +117,10 @@ def certify(
 
 
 def twin_plan(plan: GrowthPlan) -> GrowthPlan:
-    """The same growth on a small twin: same ratios where they are simple, same operators, options and seed."""
+    """The same growth on a small twin: same ratios where they are simple, same operators, options and seed.
+
+    Planned in true float64, as it is run: some classes do not run in plain float64, where planning measures numbers.
+    """
     twin = probe_config(plan.source_config)
     set_dtype(twin, torch.float64)
     ratios: dict[Fraction, list[str]] = {}
@@ -138,7 +141,8 @@ def twin_plan(plan: GrowthPlan) -> GrowthPlan:
     asked = dataclasses.replace(
         plan.growth_config, width=None, depth=None, growth_factor=None, target_config=None, sizes=sizes
     )
-    return make_plan(plan.model_class, twin, asked, plan.layout)
+    with true_float64():
+        return make_plan(plan.model_class, twin, asked, plan.layout)
 
 
 @dataclass(frozen=True)

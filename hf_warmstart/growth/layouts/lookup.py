@@ -47,10 +47,11 @@ def settled(model_class: type[PreTrainedModel], config: PreTrainedConfig, layout
 
     Where new layers between old ones change the output but new layers at the end do not, the stack says so; so it does
     where only copies of layers like the first can be built (others share tensors that are numbered by use). Where
-    nothing helps, it says that no new layer is an identity.
+    nothing helps, it says that no new layer is an identity. A layer that norms the stream once more may change the output
+    by what that does.
     """
     for number, stack in enumerate(layout.stacks):
-        if stack.reason or stack.post_norms:
+        if stack.reason:
             continue
         problems: list[str] = []
         for tried in _candidates(model_class, config, stack):
@@ -97,13 +98,13 @@ def _depth_changes(model_class, config: PreTrainedConfig, layout: Layout, stack:
     set_dtype(twin, torch.float64)
     layers = get_attribute(twin, stack.attribute)
     try:
-        plan = make_plan(model_class, twin, GrowthConfig(sizes={stack.attribute: 2 * layers}), layout)
         with true_float64():
+            plan = make_plan(model_class, twin, GrowthConfig(sizes={stack.attribute: 2 * layers}), layout)
             change = compare(plan).max_relative_error
     except WarmstartError as error:
         return str(error).splitlines()[0]
     except REFUSALS as error:
         return f"the deeper twin does not run ({type(error).__name__}: {error})"
-    # What eps may change: of norms that are applied once more (and no reader of the raw stream), of a scaled stream.
-    tolerance = NORM_TOLERANCE if stack.inner_norms else SCALED_TOLERANCE if stack.scaled else LOGITS_TOLERANCE
-    return "" if change < tolerance else f"new layers change the output by {change:.0e}"
+    # What eps may change: of norms that are applied once more, of a scaled stream.
+    allowed = NORM_TOLERANCE if stack.normed else SCALED_TOLERANCE if stack.scaled else LOGITS_TOLERANCE
+    return "" if change < allowed else f"new layers change the output by {change:.0e}"
