@@ -207,6 +207,8 @@ def _target(
         raise SizeError(
             f"The width of {layout.model_type} cannot grow: {spaces['residual'].reason or 'its residual stream is fixed'}."
         )
+    if width and not any(info.widens for info in spaces.values()):
+        raise SizeError(f"The width of {layout.model_type} cannot grow: no attribute of its config sizes one.")
     if width:
         order = [n for n in ("residual",) if n in spaces and spaces[n].widens]
         order += sorted(
@@ -370,6 +372,14 @@ def regrouping(before: Mapping[str, int], after: Mapping[str, int]) -> tuple[str
 # -- the result -------------------------------------------------------------------------------------------------------
 
 
+def _beside(layout: Layout, name: str) -> str:
+    """What a space would have to grow along with, had that not to stay: in words, why the space shrinks."""
+    own = set(layout.spaces[name].attributes)
+    near = ((n, i) for n, i in layout.spaces.items() if i.kind == "fixed" and i.reason and own & set(i.attributes))
+    stay = [f"{n} must stay: {i.reason}" for n, i in near]
+    return f" ({'; '.join(stay)})" if stay else ""
+
+
 def _check(layout: Layout, config: PreTrainedConfig, before: Sizes, target: TargetSizes, layers: Sizes) -> None:
     problems = []
     regrouped = regrouping(before, target.spaces)
@@ -379,8 +389,9 @@ def _check(layout: Layout, config: PreTrainedConfig, before: Sizes, target: Targ
         info = layout.spaces[name]
         attribute = next((a for a in info.attributes if a in target.attributes), (info.attributes or (name,))[0])
         if size < before[name]:
-            what = "num_attention_heads / num_key_value_heads" if name == "group" else attribute
-            problems.append(f"{what} would shrink from {before[name]} to {size}")
+            own = attribute if get_attribute(config, attribute, None) in (None, before[name]) else name
+            what = "num_attention_heads / num_key_value_heads" if name == "group" else own
+            problems.append(f"{what} would shrink from {before[name]} to {size}{_beside(layout, name)}")
         elif size > before[name] and info.kind not in (*WIDENED, "layers"):
             why = f" ({info.reason})" if info.reason else ""
             problems.append(
