@@ -41,6 +41,8 @@ REFUSED = [
     ("causal-lm", "gpt_neox_japanese", {"depth": 2}, "more layers would drop"),
     ("causal-lm", "beam", {"depth": 2}, "cannot be an identity"),
     ("causal-lm", "deepseek_v4", {"depth": 2}, "its stream is multiplied by activations"),
+    ("image-classification", "pp_lcnet", {"width": 2}, "no attribute of its config sizes one"),
+    ("masked-lm", "perceiver", {"width": 2}, "head_dim would shrink .*width must stay: what the tied head"),
 ]
 
 

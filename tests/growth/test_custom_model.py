@@ -299,3 +299,113 @@ def test_a_block_of_several_streams_is_an_identity_when_each_is():
     ends = {"mouth.weight", "mouth.bias", "think_out.weight"}
     assert set(plan.layout.stacks[0].branch_ends) == {f"blocks.{{i}}.{name}" for name in ends}
     assert certify(TwoStreamsModel(QuillConfig()), depth=2).max_relative_error < 1e-10
+
+
+class FactorisedModel(QuillModel):
+    """One matrix makes the stream of a narrow table, and its transpose goes back: one for both cannot follow a norm."""
+
+    def __init__(self, config: QuillConfig):
+        super().__init__(config)
+        self.glyphs = nn.Embedding(config.n_glyphs, config.page_length)
+        self.up = nn.Linear(config.page_length, config.model_width, bias=False)
+        self.read_out = nn.Linear(config.page_length, config.n_glyphs, bias=False)
+        self.last.register_forward_hook(lambda module, inputs, output: output @ self.up.weight)
+
+    def stream(self, input_ids):
+        x = self.up(self.glyphs(input_ids))
+        return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.config.eps)
+
+
+class LateNormModel(QuillModel):
+    """What the tied head reads is normed on the way: the norm would see it rescaled."""
+
+    _tied_weights_keys = {"read_out.weight": "glyphs.weight"}
+
+    def __init__(self, config: QuillConfig):
+        config.tie_word_embeddings = True
+        super().__init__(config)
+        self.late = nn.Linear(config.model_width, config.model_width)
+        self.think = nn.Linear(config.model_width, config.model_width)
+        self.between = QuillNorm(config.model_width, config.eps)
+        self.last.register_forward_hook(lambda module, inputs, output: self.finished(output))
+
+    def finished(self, x):
+        x = self.late(x)
+        return x + self.think(self.between(x))
+
+
+@pytest.mark.parametrize(
+    ("model_class", "reason"),
+    [
+        (FactorisedModel, r"one matrix, up\.weight, both writes it and reads it"),
+        (LateNormModel, r"tied head at mm@read_out reads cannot be rescaled: .*@between reads it as well"),
+    ],
+)
+@pytest.mark.parametrize("width", [1.5, 2])
+def test_a_stream_that_one_tensor_asks_two_scales_of_keeps_its_width(model_class, reason, width):
+    with pytest.raises(WarmstartError, match=f"The width of quill cannot grow: .*{reason}"):
+        plan_growth(model_class(QuillConfig()), width=width)
+
+
+class SideModel(QuillModel):
+    """Units, and a second normed stream, as wide as the first."""
+
+    def __init__(self, config: QuillConfig):
+        super().__init__(config)
+        width = config.model_width
+        self.units, self.side, self.back = (nn.Linear(width, width) for _ in range(3))
+        self.side_norm = QuillNorm(width, config.eps)
+
+    def stream(self, input_ids):
+        x = super().stream(input_ids)
+        return x + self.back(self.side_norm(self.side(F.silu(self.units(x)))))
+
+
+@pytest.mark.parametrize("operator", ["uneven_copy", "reference_slice"])
+def test_units_never_share_the_factors_of_a_normed_stream_that_is_as_wide(operator):
+    certificate = certify(SideModel(QuillConfig()), width=1.5, width_operator=operator)
+    assert certificate.exact, certificate
+
+
+class PostNormBlock(QuillBlock):
+    def __init__(self, config: QuillConfig):
+        super().__init__(config)
+        self.after = nn.LayerNorm(config.model_width)
+
+    def forward(self, x):
+        return self.after(super().forward(x))
+
+
+class MiddleModel(QuillModel):
+    """Blocks that end in a norm of the stream; between them, in the middle, something else happens."""
+
+    block_class = PostNormBlock
+
+    def __init__(self, config: QuillConfig):
+        super().__init__(config)
+        self.middle = nn.Linear(config.model_width, config.model_width)
+
+    def forward(self, input_ids=None, **kwargs):
+        x = self.stream(input_ids)
+        for k, block in enumerate(self.blocks):
+            x = block(x)
+            if k == len(self.blocks) // 2:
+                x = self.middle(x).sin()
+        return CausalLMOutput(logits=self.read_out(self.last(x)))
+
+
+def test_new_post_norm_layers_that_change_more_than_a_second_norm_does_are_refused():
+    with pytest.raises(WarmstartError, match="cannot be an identity: new layers change the output by"):
+        plan_growth(MiddleModel(QuillConfig(n_blocks=4)), depth=2)
+
+
+class NarrowModel(QuillModel):
+    """Scales its embeddings, and fails in plain float64: float32, in which it makes a mask, cannot hold its lowest number."""
+
+    def stream(self, input_ids):
+        lowest = torch.zeros(1, dtype=self.dtype).float().fill_(torch.finfo(self.dtype).min)
+        return self.glyphs(input_ids) * self.config.model_width**0.5 + 0.0 * lowest
+
+
+def test_a_class_that_runs_in_true_float64_only_is_certified_there():
+    assert certify(NarrowModel(QuillConfig()), width=2).exact

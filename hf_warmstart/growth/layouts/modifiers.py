@@ -11,7 +11,19 @@ from collections.abc import Iterator, Mapping
 from .analysis import Writer
 from .moves import Moves, ScalarKey, Trace, leaves, tree
 from .terms import Term
-from .values import ADDS, ATTENTION, CONTRACTIONS, MULS, SCALING, STRUCTURAL, Node, ParameterAxis, Value, base_name
+from .values import (
+    ADDS,
+    ATTENTION,
+    CONTRACTIONS,
+    MULS,
+    SCALING,
+    STRUCTURAL,
+    Node,
+    ParameterAxis,
+    Value,
+    base_name,
+    carries,
+)
 
 EXACT_ROUNDING = 48  # powers of sizes in a class's numbers are halves, thirds, quarters ...
 
@@ -43,6 +55,7 @@ class Modifiers:
         self.whole: dict[Term, str] = {}
         self._absorbed: dict[tuple, Node] = {}
         self._tied_heads()
+        self._both_ways()
         self._wide_norms()
         self._scalars()
         self._two_sides()
@@ -71,14 +84,42 @@ class Modifiers:
                 continue
             for node, value in self.analysis.reads[place]:
                 for writer in self.analysis.writers(value, {term}):
-                    if writer.kind in ("gain", "write") and not set(writer.places) & looked_up:
-                        self.duals |= set(writer.places)
+                    if writer.kind not in ("gain", "write") or set(writer.places) & looked_up:
+                        problem = f"{writer.kind} at {writer.node}"
+                    elif (other := self._norm_behind(writer.node, term)) is not None:
+                        problem = f"{other} reads it as well"
                     else:
-                        self.whole.setdefault(term, f"the input of the tied head at {node}")
-                        self.analysis.facts[term].add("tied")
-                        self.notes.append(
-                            f"{node}: what the tied head reads cannot be rescaled ({writer.kind} at {writer.node})"
-                        )
+                        self.duals |= set(writer.places)
+                        continue
+                    self.whole.setdefault(term, f"what the tied head at {node} reads cannot be rescaled: {problem}")
+                    self.analysis.facts[term].add("tied")
+
+    def _norm_behind(self, writer: Node | None, term: Term) -> Node | None:
+        """A norm of what an operation writes along an axis: it would see the stream as the tied head asks for it."""
+        norms = {id(value): node for node, _, _, value in self.analysis.norms}
+        seen: set[int] = set()
+        todo = [out for out in writer.outputs if carries(out, term)] if writer is not None else []
+        while todo:
+            value = todo.pop()
+            if id(value) in norms:
+                return norms[id(value)]
+            linear = [n for n in self.analysis.consumers[id(value)] if base_name(n) in STRUCTURAL | ADDS]
+            todo += [out for n in linear for out in n.outputs if id(n) not in seen and carries(out, term)]
+            seen |= {id(n) for n in linear}
+        return None
+
+    def _both_ways(self) -> None:
+        """A matrix that writes along an axis and reads along it elsewhere (`W` and its transpose) keeps it as it is.
+
+        What is written takes `W_map`, what reads takes `R_map`: one matrix cannot have both. A table that is a head as
+        well can, since what the head reads is written dually (`_tied_heads`).
+        """
+        looked_up = {p for n in self.base.tape.nodes if n.name == "embedding" for p in n.inputs[0].dims[1].source}
+        for place in self.analysis.reads:
+            if {"read", "write"} <= self.base.tape.roles.get(place, set()) and place not in looked_up | self.duals:
+                for term in leaves(self.trees[place]):
+                    self.whole.setdefault(term, f"one matrix, {place[0]}, both writes it and reads it")
+                    self.analysis.facts[term].add("tied")
 
     def _two_sides(self) -> None:
         """Which projections write the left side of a product of two activations, and which the right."""

@@ -133,15 +133,18 @@ class Spaces:
     # -- atoms -----------------------------------------------------------------------------------------------------------
 
     def _residual(self) -> Term | None:
-        """The atom of the first stream: the embeddings' width."""
+        """The atom of the first stream: the embeddings' width, or what most parameters share and norms act on.
+
+        The latter where there is no table, and where its width is the rank of a factorised one, which no norm acts on.
+        """
         table = self.modifiers.main_table()
         atoms = list(self.base.tape.parameters[table].dims[1].term.atoms()) if table else []
-        if len(atoms) == 1:
-            return atoms[0]
-        uses: dict[Term, int] = {}  # no table of that form: what most parameters share and norms act on
+        uses: dict[Term, int] = {}
         for branch in self.trees.values():
             if branch[0] == "atom" and self.analysis.facts[branch[1]] & {"rms", "layer"}:
                 uses[branch[1]] = uses.get(branch[1], 0) + 1
+        if len(atoms) == 1 and (not uses or self.analysis.facts[atoms[0]] & {"rms", "layer", "co_normed", "group"}):
+            return atoms[0]
         return max(uses, key=lambda term: uses[term]) if uses else None
 
     def _atoms(self) -> dict[Term, Atom]:
@@ -282,12 +285,16 @@ class Spaces:
     # -- names -----------------------------------------------------------------------------------------------------------
 
     def _name_spaces(self) -> None:
-        """Atoms that move alike and are restricted alike are one space, in all layers."""
+        """Atoms that move alike and are restricted alike are one space, in all layers.
+
+        A normed stream takes factors that keep its statistics, and units take none: the two are never one space.
+        """
         groups: dict[tuple, list[Term]] = {}
         for term, atom in self.atoms.items():
             if any(atom.powers):
+                growing = "normed" if atom.kind in ("rms_normed", "layer_normed") else "units"
                 inside = atom.kind in ("contracted", "rotary", "fixed", "linear", "indexed", "whole")
-                key = (atom.powers, atom.kind if inside else "grows", term is self.residual, term.size)
+                key = (atom.powers, atom.kind if inside else growing, term is self.residual, term.size)
                 groups.setdefault(key, []).append(term)
         taken: set[str] = set()
         for term, atom in self.atoms.items():
