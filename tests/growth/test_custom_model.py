@@ -338,7 +338,7 @@ class LateNormModel(QuillModel):
     ("model_class", "reason"),
     [
         (FactorisedModel, r"one matrix, up\.weight, both writes it and reads it"),
-        (LateNormModel, r"tied head at mm@read_out reads cannot be rescaled: .*@between reads it as well"),
+        (LateNormModel, r"input of the tied head at mm@read_out cannot be rescaled: .*@between reads it as well"),
     ],
 )
 @pytest.mark.parametrize("width", [1.5, 2])

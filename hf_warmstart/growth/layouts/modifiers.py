@@ -91,7 +91,7 @@ class Modifiers:
                     else:
                         self.duals |= set(writer.places)
                         continue
-                    self.whole.setdefault(term, f"what the tied head at {node} reads cannot be rescaled: {problem}")
+                    self.whole.setdefault(term, f"the input of the tied head at {node} cannot be rescaled: {problem}")
                     self.analysis.facts[term].add("tied")
 
     def _norm_behind(self, writer: Node | None, term: Term) -> Node | None:
