@@ -347,6 +347,19 @@ def test_a_stream_that_one_tensor_asks_two_scales_of_keeps_its_width(model_class
         plan_growth(model_class(QuillConfig()), width=width)
 
 
+class PlacesModel(QuillModel):
+    """Gives the glyphs of all places of a page, whatever it is given."""
+
+    def forward(self, input_ids=None, **kwargs):
+        seen = self.glyphs(input_ids).mean(1, keepdim=True)
+        return CausalLMOutput(logits=self.read_out(self.last(self.places.weight + seen)))
+
+
+def test_what_would_give_an_output_of_another_length_is_refused():
+    with pytest.raises(WarmstartError, match="returned at output"):
+        plan_growth(PlacesModel(QuillConfig()), page_length=80)
+
+
 class SideModel(QuillModel):
     """Units, and a second normed stream, as wide as the first."""
 

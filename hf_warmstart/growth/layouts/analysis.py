@@ -9,7 +9,7 @@ One pass over the tape, forward, finds for every atom (see `terms`) the facts th
 | batched | a batch axis of a product of two activations | heads: whole units |
 | contracted | two activations meet in it | as it is (inside of heads, states) |
 | constant, softmax, ordered, opaque, summed, l2 | a table of constants, a softmax, a sort ... | as it is |
-| kernel, input | the reach of a convolution, what the model is given | as it is |
+| kernel, input, returned | the reach of a convolution, what the model is given, places of its output | as it is |
 | indexed, scattered | looked up by number | rows appended, experts copied |
 | broken | a LayerNorm's output meets the raw stream, a gain meets a raw stream | whole copies only |
 
@@ -46,7 +46,7 @@ from .values import (
 )
 from .walks import Walks, Writer
 
-KEPT = {"kernel", "input", "constant", "softmax", "ordered", "opaque", "summed", "l2"}
+KEPT = {"kernel", "input", "returned", "constant", "softmax", "ordered", "opaque", "summed", "l2"}
 
 
 def roots(term: Term) -> frozenset[Term]:

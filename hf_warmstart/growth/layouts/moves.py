@@ -22,10 +22,10 @@ from ..configs import attribute_paths, get_attribute, layer_attributes, resize_c
 from ..maps import LayerMap
 from ..twin import build, meta_shapes, randomise
 from .analysis import Analysis
-from .probe import probe_inputs
+from .probe import output_of, probe_inputs
 from .tape import Tape
 from .terms import Term, flat
-from .values import SCALING, base_name
+from .values import SCALING, Node, base_name
 
 REFUSALS = (
     StrictDataclassError, SizeError, ValueError, RuntimeError, AssertionError, TypeError, ZeroDivisionError, IndexError,
@@ -45,7 +45,9 @@ class Trace:
         tied = set(self.model.all_tied_weights_keys)
         tensors = {n: t for n, t in self.model.state_dict(keep_vars=True).items() if n not in tied}
         self.tape = Tape(self.model, tensors)
-        self.tape.run(probe_inputs(self.model))
+        returned = self.tape.values.get(id(output_of(self.tape.run(probe_inputs(self.model)))))
+        if returned is not None:  # tokens may be added to the last axis; more of any other is another output
+            self.tape.event("returned", returned.dims[:-1], Node("output", [], ""))
         self.trees = {
             (name, k): tree(dim.term)
             for name, value in self.tape.parameters.items()
