@@ -292,9 +292,9 @@ class Spaces:
         groups: dict[tuple, list[Term]] = {}
         for term, atom in self.atoms.items():
             if any(atom.powers):
-                growing = "normed" if atom.kind in ("rms_normed", "layer_normed") else "units"
-                inside = atom.kind in ("contracted", "rotary", "fixed", "linear", "indexed", "whole")
-                key = (atom.powers, atom.kind if inside else growing, term is self.residual, term.size)
+                # Only kinds that ask for no factors share a space: one that a norm asks for would scale the others' units.
+                own = atom.kind not in ("elementwise", "heads", "experts")
+                key = (atom.powers, atom.kind if own else "grows", term is self.residual, term.size)
                 groups.setdefault(key, []).append(term)
         taken: set[str] = set()
         for term, atom in self.atoms.items():
