@@ -37,6 +37,7 @@ from .layouts.probe import output_of, probe_config, probe_inputs, set_dtype
 from .maps import _column
 from .plan import GrowthPlan, make_plan
 from .precision import quiet, true_float64
+from .sizes import implied
 from .source import class_and_config
 from .twin import build, randomise
 
@@ -129,7 +130,8 @@ def twin_plan(plan: GrowthPlan) -> GrowthPlan:
         before, after = (get_attribute(c, path, None) for c in (plan.source_config, plan.target_config))
         if isinstance(before, int) and isinstance(after, int) and before != after:
             ratios.setdefault(Fraction(after, before), []).append(path)
-    sizes: dict[str, int] = {}
+    # What the parent leaves unset and the child has to say is said to the twin too.
+    sizes = {path: _value_on_twin(plan, path) for path in sorted(attributes) if _newly_set(plan, path)}
     for ratio, paths in ratios.items():
         unit = math.gcd(*(get_attribute(twin, path) for path in paths))
         nearest = Fraction(max(unit + 1, round(ratio * unit)), unit) if ratio > 1 else ratio
@@ -143,6 +145,19 @@ def twin_plan(plan: GrowthPlan) -> GrowthPlan:
     )
     with true_float64():
         return make_plan(plan.model_class, twin, asked, plan.layout)
+
+
+def _newly_set(plan: GrowthPlan, path: str) -> bool:
+    """Whether a growth gives a value to an attribute that the parent's config leaves unset."""
+    unset = get_attribute(plan.source_config, path, None) is None
+    return unset and isinstance(get_attribute(plan.target_config, path, None), int)
+
+
+def _value_on_twin(plan: GrowthPlan, path: str) -> int:
+    """The value that an attribute takes on the twin, in the child's proportion to what the parent implies."""
+    space, unit = implied(plan.layout, path)
+    ratio = Fraction(get_attribute(plan.target_config, path)) / Fraction(plan.sizes[0][space] * unit)
+    return round(plan.layout.probe[path] * ratio)
 
 
 @dataclass(frozen=True)

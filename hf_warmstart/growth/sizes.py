@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from ..errors import SizeError
 from .config import GrowthConfig
 from .configs import get_attribute, resolve_attribute
-from .layout import WIDENED, Layout
+from .layout import WIDENED, Layout, SpaceInfo
 
 Sizes = dict[str, int]
 Count = Callable[[Mapping[str, int], Mapping[str, int]], int]
@@ -187,7 +187,7 @@ def _target(
     for path, value in explicit.items():
         current = get_attribute(config, path, None)
         if current is None:
-            space, unit = _implied(layout, path)
+            space, unit = implied(layout, path)
             if not system.add(system.space(space), math.log2(value / (before[space] * unit))):
                 raise SizeError(
                     f"{path}={value} does not go together with the other sizes that were asked for: {explicit}."
@@ -200,6 +200,7 @@ def _target(
     spaces = layout.spaces
     ratio = Fraction(width).limit_denominator(1000) if width else Fraction(1)
     log = math.log2(ratio)
+    held = _held(spaces, ratio)
     fixed = [n for n, info in spaces.items() if info.kind == "fixed"]
     for name in fixed:
         system.add(system.space(name), 0.0)
@@ -211,9 +212,10 @@ def _target(
         raise SizeError(f"The width of {layout.model_type} cannot grow: no attribute of its config sizes one.")
     if width:
         order = [n for n in ("residual",) if n in spaces and spaces[n].widens]
-        order += sorted(
-            (n for n in spaces if n not in order and spaces[n].widens), key=lambda n: spaces[n].kind != "heads"
-        )
+        inner = [n for n in spaces if n not in order and spaces[n].widens]
+        order += sorted((n for n in inner if n not in held), key=lambda n: spaces[n].kind != "heads")
+        for name in held:
+            system.add(system.space(name), 0.0)
         for name in order:
             system.add(system.space(name), log)
         for name in sorted(spaces, key=lambda n: spaces[n].kind not in ("indexed", "heads")):
@@ -224,7 +226,7 @@ def _target(
     paths = {path for move in layout.moves for path in move.attributes} - set(explicit) - set(layers)
     for path in sorted(paths):
         if not width and get_attribute(config, path, None) is None:
-            system.add(system.space(_implied(layout, path)[0]), 0.0)  # sizes by name: what is not named stays
+            system.add(system.space(implied(layout, path)[0]), 0.0)  # sizes by name: what is not named stays
         system.add(system.attribute(path), 0.0)
     steps = system.steps() if len(layout.moves) else np.zeros(0)
     if width and "residual" in spaces and abs(system.space("residual") @ steps - log) > CONSISTENT:
@@ -256,10 +258,21 @@ def _target(
                 raise SizeError(_does_not_divide(layout, before, width, [f"{path} {current} -> {exact:.6g}"]))
             attributes[path] = round(exact)
         elif current is None and abs(grown) > CONSISTENT:
-            space, unit = _implied(layout, path)
+            space, unit = implied(layout, path)
             attributes[path] = round(after[space] * unit)
     _more_active_experts(config, before, after, spaces, attributes)
     return TargetSizes(after, attributes, layers, tuple(float(s) for s in steps))
+
+
+def _held(spaces: Mapping[str, SpaceInfo], ratio: Fraction) -> list[str]:
+    """What `width` leaves as it is at a broken width: inner spaces that grow by whole copies only.
+
+    The stream must grow, or nothing is widened; and heads that stay keep their groups.
+    """
+    if ratio.denominator == 1 or "residual" not in spaces:
+        return []
+    whole = [n for n, info in spaces.items() if n != "residual" and info.widens and info.kind == "whole"]
+    return [*whole, *(n for n in ("group",) if whole and n in spaces)]
 
 
 def _more_active_experts(config: PreTrainedConfig, before: Sizes, after: Sizes, spaces, attributes: Sizes) -> None:
@@ -287,7 +300,7 @@ def active_experts(config: PreTrainedConfig) -> list[str]:
     return [f"{part}{n}" for part in parts for n in names if isinstance(get_attribute(config, part + n, None), int)]
 
 
-def _implied(layout: Layout, path: str) -> tuple[str, float]:
+def implied(layout: Layout, path: str) -> tuple[str, float]:
     """For an attribute that a config leaves unset: the space that it would size, and its value over the space's size."""
     space = next(next(iter(move.spaces)) for move in layout.moves if set(move.attributes) == {path})
     return space, layout.probe[path] / layout.spaces[space].size
@@ -301,6 +314,12 @@ def _does_not_divide(layout: Layout, before: Sizes, width: float | None, wrong: 
     ratio = Fraction(width).limit_denominator(1000)
     near = sorted({Fraction(max(k, unit), unit) for k in (math.floor(ratio * unit), math.ceil(ratio * unit))})
     listed = ", ".join(f"{float(f):.6g} ({f})" for f in near)
+    whole = {n: layout.spaces[n].reason for n in _held(layout.spaces, ratio) if layout.spaces[n].kind == "whole"}
+    if whole:
+        detail += "; by whole factors only: " + ", ".join(
+            f"{name} ({reason})" for name, reason in sorted(whole.items())
+        )
+        return f"width={width} does not divide: {detail}. Pass a whole width, or sizes={{...}} by name."
     return (
         f"width={width} does not divide: {detail}. Admissible widths near it: {listed}. Or pass sizes={{...}} by name."
     )

@@ -1,0 +1,78 @@
+"""Widths that are no whole number: what takes part, what stays, and what a norm asks of its neighbours."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+from torch.nn import functional as F
+
+from hf_warmstart import WarmstartError, certify, plan_growth
+from hf_warmstart.growth.config import GrowthConfig
+from hf_warmstart.growth.layouts.probe import probe_config
+from hf_warmstart.growth.plan import make_plan
+from hf_warmstart.growth.zoo import SUITE, Status, certify_growth, source_of
+
+from .test_custom_model import QuillBlock, QuillConfig, QuillModel, QuillNorm
+
+OPERATORS = ["uneven_copy", "reference_slice"]
+
+
+def model_of(block: type[nn.Module], **sizes) -> QuillModel:
+    """A user's model with blocks of its own."""
+    return type("OwnModel", (QuillModel,), {"block_class": block})(QuillConfig(**sizes))
+
+
+class InkNormBlock(QuillBlock):
+    """Units of the MLP that are normed as they leave the nonlinearity: no factor reaches them."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.seen = nn.Linear(config.model_width, config.ink)
+        self.even = QuillNorm(config.ink, config.eps)
+
+    def forward(self, x):
+        x = super().forward(x)
+        return x + self.think_out(self.even(F.gelu(self.seen(self.before_think(x)))))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_units_that_come_in_whole_copies_only_stay_while_the_stream_widens(operator):
+    model = model_of(InkNormBlock)
+    plan = plan_growth(model, width=1.5, width_operator=operator)
+    assert plan.changes == {"model_width": [48, 72], "n_pens": [6, 9]}
+    assert certify(model, width=1.5, width_operator=operator).exact
+
+
+def test_units_that_come_in_whole_copies_only_follow_a_whole_width_and_are_refused_by_name():
+    assert plan_growth(model_of(InkNormBlock), width=2).changes["ink"] == [80, 160]
+    with pytest.raises(WarmstartError, match="intermediate_size can only grow by whole factors"):
+        plan_growth(model_of(InkNormBlock), ink=120)
+
+
+class SideNormBlock(QuillBlock):
+    """A side stream that is normed, and units of the same size."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.into, self.between = nn.Linear(config.model_width, config.ink), nn.Linear(config.ink, config.ink)
+        self.even = QuillNorm(config.ink, config.eps)
+
+    def forward(self, x):
+        x = super().forward(x)
+        return x + self.think_out(F.gelu(self.between(self.even(self.into(self.before_think(x))))))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_factors_that_a_norm_asks_for_reach_no_units_of_the_same_size(operator):
+    certificate = certify(model_of(SideNormBlock), width=1.5, width_operator=operator)
+    assert certificate.exact, certificate
+
+
+@pytest.mark.parametrize("growth", SUITE[1:3], ids=lambda growth: growth.name)
+def test_what_stays_is_said_to_the_child_and_to_the_twin_where_the_parent_left_it_unset(growth):
+    """Heads stay as wide and as many as they were, so the child's config names a width that the parent's implied."""
+    model_class, config = source_of("causal-lm", "minimax")
+    config = probe_config(config)
+    changes = make_plan(model_class, config, GrowthConfig(**growth.options)).changes
+    assert changes == {"hidden_size": [64, 96], "intermediate_size": [24, 36], "head_dim": [None, 16]}
+    assert certify_growth(model_class, config, growth).status is Status.EXACT
