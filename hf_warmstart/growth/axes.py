@@ -13,6 +13,7 @@ from the maps of the spaces, so that fused projections, grouped queries and tied
 | `Postnorm(a)` | what a norm makes of `a` | as `a`, mean channels gone |
 | `Dual(a)` | what is read by a matrix that was written into `a`: a tied head's input | `W` and `R` swapped |
 | `Query(a)` | the side of a product whose new coordinates are zero (the other side's are fresh) | as `a` |
+| `Gate(a)` | what multiplies `a` entry by entry: a gate on a normed stream | as `a`, factors of one |
 | `Scaled(a)` | `a` as written by an embedding whose output the model multiplies by a function of the width | rescaled |
 | `Gain(reads, makes)` | the gain of a norm from `reads` to `makes` | `u / t` forward, its dual backward |
 
@@ -205,6 +206,14 @@ class Query(_Unary):
         return replace(self.axis.map(maps), silent="write")
 
 
+class Gate(_Unary):
+    """What multiplies an axis entry by entry: each copy of an entry meets the same gate, whatever factor it carries."""
+
+    def map(self, maps):
+        gated = self.axis.map(maps)
+        return replace(gated, write=(~gated.unsourced).double(), read=gated.read * gated.write, silent="read")
+
+
 class Scaled(_Unary):
     """An axis written by an embedding whose output the model multiplies by a function of the width.
 
@@ -256,7 +265,7 @@ class _Filled(Mapping):
 
 
 _FORMS: dict[str, Callable[..., Axis]] = {
-    cls.__name__.lower(): cls for cls in (Concat, Product, Prenorm, Postnorm, Dual, Query, Scaled, Gain)
+    cls.__name__.lower(): cls for cls in (Concat, Product, Prenorm, Postnorm, Dual, Query, Gate, Scaled, Gain)
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -65,6 +66,66 @@ class SideNormBlock(QuillBlock):
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_factors_that_a_norm_asks_for_reach_no_units_of_the_same_size(operator):
     certificate = certify(model_of(SideNormBlock), width=1.5, width_operator=operator)
+    assert certificate.exact, certificate
+
+
+class GatedNorm(QuillNorm):
+    """A norm whose output meets a gate that is computed from it; `leak` lets the gate into the stream as well."""
+
+    leak = False
+
+    def __init__(self, width, eps):
+        super().__init__(width, eps)
+        self.down, self.up = nn.Linear(width, 7), nn.Linear(7, width)
+
+    def forward(self, x):
+        y = super().forward(x)
+        gate = torch.sigmoid(self.up(F.silu(self.down(y))))
+        return y * gate + gate if self.leak else y * gate
+
+
+class LeakyNorm(GatedNorm):
+    leak = True
+
+
+def gated_block(norm: type[nn.Module]) -> type[nn.Module]:
+    class GatedBlock(QuillBlock):
+        def __init__(self, config):
+            super().__init__(config)
+            self.before_think = norm(config.model_width, config.eps)
+
+    return GatedBlock
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_gate_on_a_normed_stream_is_copied_without_the_factors_of_the_stream(operator):
+    certificate = certify(model_of(gated_block(GatedNorm)), width=1.5, width_operator=operator)
+    assert certificate.exact, certificate
+
+
+def test_a_gate_that_enters_the_stream_as_well_holds_it_to_whole_factors():
+    model = model_of(gated_block(LeakyNorm))
+    with pytest.raises(WarmstartError, match="residual can only grow by whole factors"):
+        plan_growth(model, width=1.5)
+    assert certify(model, width=2).exact
+
+
+class PooledBlock(QuillBlock):
+    """Attention over two states of the stream at each place, with a query that is a parameter."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.query = nn.Parameter(torch.ones(config.model_width))
+
+    def forward(self, x):
+        states = torch.stack([self.before_think(x), self.before_look(super().forward(x))], dim=-2)
+        query = self.query.expand(*x.shape[:-1], 1, -1)
+        return x + F.scaled_dot_product_attention(query, states, states).squeeze(-2)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_attention_over_states_of_the_stream_is_linear_in_them(operator):
+    certificate = certify(model_of(PooledBlock), width=1.5, width_operator=operator)
     assert certificate.exact, certificate
 
 

@@ -28,6 +28,7 @@ from .tape import Tape
 from .terms import Term
 from .values import (
     ADDS,
+    ATTENTION,
     CONTRACTIONS,
     CREATES,
     MULS,
@@ -61,6 +62,7 @@ class Analysis(Walks):
     tape: Tape
     facts: dict[Term, set[str]] = field(default_factory=lambda: defaultdict(set))
     why: dict[tuple[Term, str], Node] = field(default_factory=dict)
+    units: dict[Term, list[Node]] = field(default_factory=lambda: defaultdict(list))
     phases: dict[int, dict[Term, str]] = field(default_factory=dict)
     consumers: dict[int, list[Node]] = field(default_factory=lambda: defaultdict(list))
     gains: dict[ParameterAxis, list[tuple[Node, Value, float]]] = field(default_factory=lambda: defaultdict(list))
@@ -100,6 +102,8 @@ class Analysis(Walks):
         for atom in roots(term):
             self.facts[atom].add(kind)
             self.why.setdefault((atom, kind), node)
+            if kind == "unit":
+                self.units[atom].append(node)
 
     def _norm(self, node: Node, term: Term, kind: str, value: Value) -> None:
         atoms = roots(term)
@@ -211,6 +215,8 @@ class Analysis(Walks):
                 phases[atom] = phase if phases.get(atom, phase) == phase else "broken"
         if name in CONTRACTIONS:
             phases = self._contraction(node, phases)
+        elif name == ATTENTION:
+            phases = self._attention(node)
         elif name == "embedding":
             phases = dict.fromkeys(roots(node.inputs[0].dims[1].term), "raw")
         elif name in NORMS:
@@ -294,6 +300,12 @@ class Analysis(Walks):
             for atom in roots(dim.term):
                 if dim.size > 1 and self._uniform(value, atom) is None:
                     self._fact("constant", atom, node)
+
+    def _attention(self, node: Node) -> dict[Term, str]:
+        """Fused attention: linear in its values, whose inside comes out as it went in."""
+        keys, values = node.inputs[1:3]
+        self._fact("softmax", keys.dims[-2].term, node)
+        return dict(self.phases.get(id(values), {}))
 
     def _roles(self, dim: Dim) -> set[str]:
         return {role for place in dim.source for role in self.tape.roles.get(place, ())}

@@ -3,10 +3,11 @@
 A small probe of the class (`probe`) is run once and written down (`tape`); the axes of its parameters become
 expressions of atoms (`terms`), restricted by what acts on them (`analysis`), and larger probes show which config
 attributes move which atoms (`moves`). Here these become a `Layout`: atoms that move and act alike, in all layers, are
-one space; each parameter axis writes or reads; and three modifiers are placed where the tape asks for them:
+one space; each parameter axis writes or reads; and modifiers are placed where the tape asks for them:
 
 - `Postnorm`, `Gain`: what a norm makes, and what scales it;
 - `Dual`: whatever produces the input of a head that is tied to the embedding table;
+- `Gate`: a projection whose output, after a nonlinearity, multiplies a normed stream;
 - `Prenorm`: a projection whose whole output goes through one norm (q/k norms over all heads).
 
 Nothing in here knows a model type. What the pass does not understand keeps its size, in a space of its own that says why.
@@ -19,7 +20,7 @@ import math
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import LayoutError
-from ..axes import Axis, Concat, Dual, Fixed, Gain, Postnorm, Prenorm, Product, Query, Scaled, Space
+from ..axes import Axis, Concat, Dual, Fixed, Gain, Gate, Postnorm, Prenorm, Product, Query, Scaled, Space
 from ..layout import Kind, Layout, Role, TensorLayout
 from .modifiers import Modifiers
 from .moves import REFUSALS, Moves, Trace, leaves
@@ -125,6 +126,8 @@ class _Derivation:
         place = name, k
         branch = self.spaces.trees[place]
         plain = self.spaces.expression(branch)
+        if place in self.modifiers.gates:
+            return _gate(plain, self.spaces.atoms[self.modifiers.gates[place]].space)
         if branch[0] == "atom" and self.spaces.atoms[branch[1]].space:
             atom = self.spaces.atoms[branch[1]]
             if place in self.modifiers.scaled_tables:
@@ -173,6 +176,13 @@ class _Derivation:
 
     def _table_axis(self, plain: Axis) -> Axis:
         return Scaled(plain) if self.modifiers.scaled_tables else plain
+
+
+def _gate(axis: Axis, name: str) -> Axis:
+    """An axis with `Gate` around the space of a name, wherever it occurs."""
+    if isinstance(axis, Space):
+        return Gate(axis) if axis.name == name else axis
+    return type(axis)(*(_gate(part, name) for part in axis.axes)) if isinstance(axis, (Concat, Product)) else axis
 
 
 def _query(axis: Axis, names: set[str], first: bool) -> tuple[Axis, bool]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from .analysis import Writer
+from .gates import gates_of
 from .moves import Moves, ScalarKey, Trace, leaves, tree
 from .terms import Term
 from .values import (
@@ -35,6 +36,7 @@ class Modifiers:
         duals: axes that write what a head reads which is tied to a table. prenorms: axes before a norm over all of them.
         scaled_tables: tables that the model multiplies by a function of the width, and `scale_key`, which number that is.
         scales: parameter -> (move -> power) of a number that it takes back. space_scales: the same for scores, by atom.
+        gates: axes that write what multiplies a normed stream entry by entry (see `gates`), by the stream's atom.
         queries, keys: axes that write the left and the right side of a product of two activations; `one_sided`: atoms of
             products whose sides could not be told. whole: atoms that grow by whole copies only, and why.
     """
@@ -45,6 +47,7 @@ class Modifiers:
         self.unresolved: list[tuple[str, tuple[tuple[int, float], ...]]] = []
         self.duals: set[ParameterAxis] = set()
         self.prenorms: set[ParameterAxis] = set()
+        self.gates: dict[ParameterAxis, Term] = {}
         self.scales: dict[str, dict[int, float]] = {}
         self.scaled_tables: set[ParameterAxis] = set()
         self.scale_key: ScalarKey | None = None
@@ -56,6 +59,7 @@ class Modifiers:
         self._absorbed: dict[tuple, Node] = {}
         self._tied_heads()
         self._both_ways()
+        self._gates()
         self._wide_norms()
         self._scalars()
         self._two_sides()
@@ -120,6 +124,15 @@ class Modifiers:
                 for term in leaves(self.trees[place]):
                     self.whole.setdefault(term, f"one matrix, {place[0]}, both writes it and reads it")
                     self.analysis.facts[term].add("tied")
+
+    def _gates(self) -> None:
+        """Streams that only gates keep from carrying a norm's factors: what writes the gates carries none."""
+        for atom, facts in self.analysis.facts.items():
+            if {"rms", "unit"} <= facts and not facts & {"layer", "batched", "tied"}:
+                places = gates_of(self.analysis, atom)
+                self.gates |= dict.fromkeys(places, atom)
+                if places:
+                    facts.discard("unit")
 
     def _two_sides(self) -> None:
         """Which projections write the left side of a product of two activations, and which the right."""

@@ -469,6 +469,8 @@ def _repeat(tape, node, args, kwargs, outs):
 
 def _attention(tape, node, args, kwargs, outs):
     q, k, v = (tape.value(t) for t in args[:3])
+    if kwargs.get("scale") is None:
+        node.scalars += (q.dims[-1].size ** -0.5,)
     tape.contract(node, q.dims[-1], k.dims[-1], q, k)
     for x, y, z in zip(q.dims[:-2], k.dims[:-2], v.dims[:-2], strict=True):
         if x.size == y.size:

@@ -123,6 +123,10 @@ class Walks:
             return
         yield Writer("blocked", (), carrying[0] if carrying else None, node)
 
+    def along(self, value: Value, atom: Term, node: Node | None = None) -> tuple[ParameterAxis, ...]:
+        """The parameter axes of a weight that carry an atom; of an operand of `node`, those that it does not read."""
+        return self._places(value, {atom}, node)
+
     def _places(self, value: Value, atoms: Set[Term] | None, node: Node | None = None) -> tuple[ParameterAxis, ...]:
         """The parameter axes of a weight that carry some atoms; of an operand of `node`, those that it does not read."""
         places: list[ParameterAxis] = []
