@@ -80,6 +80,7 @@ class SpaceInfo:
         widens: whether `width` multiplies it.
         reason: why it cannot grow freely, where it cannot.
         scale: (move, power) pairs of the number that multiplies the scores of a contracted space.
+        copied: whether new units are copies of old ones whatever the operator.
         inside: for the inside of rotated heads, an axis of `rotated` and `rest` (see `axes`) and the sizes of these two.
     """
 
@@ -90,6 +91,7 @@ class SpaceInfo:
     reason: str = ""
     scale: tuple[tuple[int, float], ...] = ()
     inside: tuple = ()
+    copied: bool = False
 
 
 @dataclass(frozen=True)

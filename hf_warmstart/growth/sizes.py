@@ -230,11 +230,9 @@ def _target(
         system.add(system.attribute(path), 0.0)
     steps = system.steps() if len(layout.moves) else np.zeros(0)
     if width and "residual" in spaces and abs(system.space("residual") @ steps - log) > CONSISTENT:
-        kept = sorted(
-            f"{n} ({spaces[n].reason})"
-            for n in fixed
-            if set(spaces[n].attributes) & set(spaces["residual"].attributes)
-        )
+        own = set(spaces["residual"].attributes)
+        stay = [n for n in (*fixed, *held) if set(spaces[n].attributes) & own] or held
+        kept = sorted(f"{n} ({spaces[n].reason})" for n in stay)
         raise SizeError(
             f"The width of {layout.model_type} cannot grow: it would change what must stay: {', '.join(kept)}."
         )

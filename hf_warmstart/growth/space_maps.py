@@ -52,7 +52,7 @@ def _space_map(
         return SpaceMap.build(
             before, torch.where(torch.arange(after) < before, torch.arange(after), -1), silent="none"
         )
-    if info.kind == "experts":
+    if info.kind == "experts" or info.copied and operator.name == "reference_slice":
         return copy_map(before, after, "elementwise", even)
     if info.kind != "whole":
         return operator.build(before, after, info.kind, asked.options)

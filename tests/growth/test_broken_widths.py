@@ -129,6 +129,69 @@ def test_attention_over_states_of_the_stream_is_linear_in_them(operator):
     assert certificate.exact, certificate
 
 
+class SubNormBlock(QuillBlock):
+    """Norms over what all heads found and over all gated units; `groups` queries for each head of keys and values."""
+
+    groups = 2
+
+    def __init__(self, config):
+        super().__init__(config)
+        width = config.model_width
+        self.queries = nn.Linear(width, width)
+        self.keys, self.values = (nn.Linear(width, width // self.groups) for _ in range(2))
+        self.gate, self.up = (nn.Linear(width, config.ink, bias=False) for _ in range(2))
+        del self.look, self.think
+        self.found, self.even = QuillNorm(width, config.eps), QuillNorm(config.ink, config.eps)
+
+    def forward(self, x):
+        batch, length, width = x.shape
+        dim = width // self.pens
+        made = (part(self.before_look(x)) for part in (self.queries, self.keys, self.values))
+        q, k, v = (y.view(batch, length, -1, dim).transpose(1, 2) for y in made)
+        k, v = (y.repeat_interleave(self.groups, dim=1) for y in (k, v))
+        seen = (q @ k.transpose(-1, -2) * dim**-0.5).softmax(-1) @ v
+        x = x + self.look_out(self.found(seen.transpose(1, 2).reshape(batch, length, width)))
+        seen = self.before_think(x)
+        return x + self.think_out(self.even(F.relu(self.gate(seen)) * self.up(seen)))
+
+
+class LonelySubNormBlock(SubNormBlock):
+    groups = 1
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("block", [SubNormBlock, LonelySubNormBlock])
+def test_values_and_linear_halves_of_gated_units_keep_the_mean_square_of_a_norm_behind_them(block, operator):
+    model = model_of(block, model_width=64, n_pens=4)
+    assert plan_growth(model, width=1.5, width_operator=operator).changes == {
+        "model_width": [64, 96],
+        "n_pens": [4, 6],
+        "ink": [80, 120],
+    }
+    certificate = certify(model, width=1.5, width_operator=operator)
+    assert certificate.exact, certificate
+
+
+class FusedSubNormBlock(QuillBlock):
+    """A norm over gated units whose halves are one projection."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.even = QuillNorm(config.ink, config.eps)
+
+    def forward(self, x):
+        x = super().forward(x)
+        gate, up = self.think(self.before_think(x)).chunk(2, dim=-1)
+        return x + self.think_out(self.even(F.relu(gate) * up))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_one_axis_for_both_halves_of_gated_units_takes_no_factor(operator):
+    model = model_of(FusedSubNormBlock)
+    assert "ink" not in plan_growth(model, width=1.5, width_operator=operator).changes
+    assert certify(model, width=1.5, width_operator=operator).exact
+
+
 @pytest.mark.parametrize("growth", SUITE[1:3], ids=lambda growth: growth.name)
 def test_what_stays_is_said_to_the_child_and_to_the_twin_where_the_parent_left_it_unset(growth):
     """Heads stay as wide and as many as they were, so the child's config names a width that the parent's implied."""

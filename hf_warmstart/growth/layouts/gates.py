@@ -23,7 +23,7 @@ def gates_of(analysis: Analysis, atom: Term) -> set[ParameterAxis]:
             continue
         found = [_Gate(analysis, atom, node, value) for value in node.inputs]
         gates = [gate for gate in found if gate.holds]
-        if len(gates) == 1:
+        if len(gates) == 1 and not found[0].places & found[1].places:  # a fused [gate; up] has one axis for both
             places |= gates[0].places
             known |= gates[0].nodes | {id(node)}
     return places if all(id(node) in known for node in pending) else set()
@@ -43,7 +43,8 @@ class _Gate:
         self.nodes: set[int] = set()
         self.values: list[Value] = []
         written = self._walk(value)
-        uses = {id(user) for v in self.values for user in analysis.consumers[id(v)]}
+        made = [out for v in self.values for out in v.node.outputs]  # type: ignore[union-attr]
+        uses = {id(user) for out in made for user in analysis.consumers[id(out)]}
         nonlinear = any(id(node) in self.nodes for node in analysis.units[atom])
         self.holds = written and nonlinear and uses <= self.nodes | {id(product)}
 

@@ -37,6 +37,7 @@ class Modifiers:
         scaled_tables: tables that the model multiplies by a function of the width, and `scale_key`, which number that is.
         scales: parameter -> (move -> power) of a number that it takes back. space_scales: the same for scores, by atom.
         gates: axes that write what multiplies a normed stream entry by entry (see `gates`), by the stream's atom.
+        copied: atoms whose new parts must be copies of old ones, since a norm averages over them what they compute.
         queries, keys: axes that write the left and the right side of a product of two activations; `one_sided`: atoms of
             products whose sides could not be told. whole: atoms that grow by whole copies only, and why.
     """
@@ -48,6 +49,7 @@ class Modifiers:
         self.duals: set[ParameterAxis] = set()
         self.prenorms: set[ParameterAxis] = set()
         self.gates: dict[ParameterAxis, Term] = {}
+        self.copied: set[Term] = set()
         self.scales: dict[str, dict[int, float]] = {}
         self.scaled_tables: set[ParameterAxis] = set()
         self.scale_key: ScalarKey | None = None
@@ -174,16 +176,27 @@ class Modifiers:
             gains = self._gains_after(node, atoms)
             places = {place for w in writers for place in w.places}
             plain = bool(writers) and bool(gains) and all(w.kind == "write" for w in writers)
-            if plain and all(self._whole_axis(place, term) for place in places):
+            repeats = [self._repeated(place, term) for place in places]
+            if plain and all(repeated is not None for repeated in repeats):
                 self.prenorms |= places | gains
+                if self._product_behind(value, 0) is not None:  # what attention mixes is alike only in copies of heads
+                    self.copied |= atoms
+                for atom in set().union(*filter(None, repeats)):
+                    self.whole[atom] = f"a norm over repeated units at {node}"
                 if alone:
                     self.analysis.facts[term.find()] -= {"rms"}
                 continue
             for atom in atoms:
                 self.whole[atom] = f"a norm over units at {node}"
 
-    def _whole_axis(self, place: ParameterAxis, term: Term) -> bool:
-        return self.trees[place] == tree(term)
+    def _repeated(self, place: ParameterAxis, term: Term) -> set[Term] | None:
+        """The atoms of a norm's axis along which a parameter axis is repeated; None where it is no such axis."""
+        own, normed = self.trees[place], tree(term)
+        if own == normed:
+            return set()
+        parts = set(leaves(normed)) - set(leaves(own))
+        kept = [part for part in normed[1:] if not (part[0] == "atom" and part[1] in parts)]
+        return parts if normed[0] == own[0] == "prod" and list(own[1:]) == kept else None
 
     def _gains_after(self, node: Node, atoms: set[Term]) -> set[ParameterAxis]:
         """Gains of the module in which a norm runs."""

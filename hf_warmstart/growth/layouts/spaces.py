@@ -78,7 +78,14 @@ class Spaces:
                 scale = tuple(sorted(self.modifiers.space_scales.get(term, {}).items()))
                 inside = (self.inside[term], tuple(sorted(self.inside_sizes.items()))) if atom.kind == "rotary" else ()
                 info = SpaceInfo(
-                    atom.kind, self._attributes(atom), term.size, self._widens(atom), atom.reason, scale, inside
+                    atom.kind,
+                    self._attributes(atom),
+                    term.size,
+                    self._widens(atom),
+                    atom.reason,
+                    scale,
+                    inside,
+                    term in self.modifiers.copied and atom.kind in ("elementwise", "heads"),
                 )
                 infos.setdefault(atom.space, info)
         return dict(sorted(infos.items()))
@@ -294,7 +301,8 @@ class Spaces:
             if any(atom.powers):
                 # Only kinds that ask for no factors share a space: one that a norm asks for would scale the others' units.
                 own = atom.kind not in ("elementwise", "heads", "experts")
-                key = (atom.powers, atom.kind if own else "grows", term is self.residual, term.size)
+                kind = atom.kind if own else f"grows{term in self.modifiers.copied}"
+                key = (atom.powers, kind, term is self.residual, term.size)
                 groups.setdefault(key, []).append(term)
         taken: set[str] = set()
         for term, atom in self.atoms.items():
