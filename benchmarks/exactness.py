@@ -8,6 +8,8 @@ first depend on the machine's order of summation, and no run depends on time.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from hf_warmstart import certify
@@ -16,6 +18,7 @@ from tests.growth.test_parent_coordinates import CASES, follow
 from tests.models import FAMILIES, tiny_config
 
 WIDTHS = (2, 1.5)
+LIMITS = Path(__file__).with_name("limits.md")  # proven, not measured
 
 
 def _cell(certificates) -> str:
@@ -52,7 +55,8 @@ def main() -> None:
     for operator in (*WIDTH_OPERATORS.values(), *DEPTH_OPERATORS.values()):
         if not operator.exact:
             print(f"- `{operator.name}`: {operator.reason} ({operator.source}).")
-    print("\n## The carried training state\n")
+    print("\n" + LIMITS.read_text())
+    print("## The carried training state\n")
     print(
         "A parent is trained for 20 AdamW steps and grown by `exact_copy`, width 2; then parent and child take 100 steps on\n"
         "the same batches, the child in its parent's coordinates (weight decay 0.1, clipping active), in true float64.\n"
