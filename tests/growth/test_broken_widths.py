@@ -192,6 +192,26 @@ def test_one_axis_for_both_halves_of_gated_units_takes_no_factor(operator):
     assert certify(model, width=1.5, width_operator=operator).exact
 
 
+class SplitNormBlock(InkNormBlock):
+    """A norm over one part of what a projection writes, and units behind it."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.seen = nn.Linear(config.model_width, config.ink + 7)
+        self.rest = nn.Linear(7, config.model_width)
+
+    def forward(self, x):
+        x = QuillBlock.forward(self, x)
+        first, second = self.seen(self.before_think(x)).split([self.think_out.in_features, 7], dim=-1)
+        return x + self.think_out(F.gelu(self.even(first))) + self.rest(second)
+
+
+def test_a_norm_over_a_part_of_an_axis_is_no_norm_over_all_of_it():
+    model = model_of(SplitNormBlock)
+    assert "ink" not in plan_growth(model, width=1.5).changes
+    assert certify(model, width=1.5, width_operator="uneven_copy").exact
+
+
 @pytest.mark.parametrize("growth", SUITE[1:3], ids=lambda growth: growth.name)
 def test_what_stays_is_said_to_the_child_and_to_the_twin_where_the_parent_left_it_unset(growth):
     """Heads stay as wide and as many as they were, so the child's config names a width that the parent's implied."""

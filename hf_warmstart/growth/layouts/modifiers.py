@@ -194,9 +194,11 @@ class Modifiers:
         own, normed = self.trees[place], tree(term)
         if own == normed:
             return set()
+        if not own[0] == normed[0] == "prod":
+            return None
         parts = set(leaves(normed)) - set(leaves(own))
         kept = [part for part in normed[1:] if not (part[0] == "atom" and part[1] in parts)]
-        return parts if normed[0] == own[0] == "prod" and list(own[1:]) == kept else None
+        return parts if list(own[1:]) == kept else None
 
     def _gains_after(self, node: Node, atoms: set[Term]) -> set[ParameterAxis]:
         """Gains of the module in which a norm runs."""
