@@ -37,6 +37,8 @@ Kind = Literal[
 WIDENED: tuple[Kind, ...] = (
     "rms_normed", "layer_normed", "whole", "linear", "elementwise", "heads", "contracted", "rotary", "indexed", "experts",
 )  # fmt: skip
+# Names of the spaces that number the queries for each head of keys and values, one in each stack that has a size of its own.
+GROUPS = re.compile(r"group(_\d+)?")
 NEAR_ZERO = 1e-6
 
 

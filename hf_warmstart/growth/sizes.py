@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from ..errors import SizeError
 from .config import GrowthConfig
 from .configs import get_attribute, resolve_attribute
-from .layout import WIDENED, Layout, SpaceInfo
+from .layout import GROUPS, WIDENED, Layout, SpaceInfo
 
 Sizes = dict[str, int]
 Count = Callable[[Mapping[str, int], Mapping[str, int]], int]
@@ -270,7 +270,7 @@ def _held(spaces: Mapping[str, SpaceInfo], ratio: Fraction) -> list[str]:
     if ratio.denominator == 1 or "residual" not in spaces:
         return []
     whole = [n for n, info in spaces.items() if n != "residual" and info.widens and info.kind == "whole"]
-    return [*whole, *(n for n in ("group",) if whole and n in spaces)]
+    return [*whole, *(n for n in spaces if whole and GROUPS.fullmatch(n))]
 
 
 def _more_active_experts(config: PreTrainedConfig, before: Sizes, after: Sizes, spaces, attributes: Sizes) -> None:

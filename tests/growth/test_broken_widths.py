@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from hf_warmstart import WarmstartError, certify, plan_growth
 from hf_warmstart.growth.config import GrowthConfig
+from hf_warmstart.growth.layouts.derive import derive_layout
 from hf_warmstart.growth.layouts.probe import probe_config
 from hf_warmstart.growth.plan import make_plan
 from hf_warmstart.growth.zoo import SUITE, Status, certify_growth, source_of
@@ -210,6 +211,12 @@ def test_a_norm_over_a_part_of_an_axis_is_no_norm_over_all_of_it():
     model = model_of(SplitNormBlock)
     assert "ink" not in plan_growth(model, width=1.5).changes
     assert certify(model, width=1.5, width_operator="uneven_copy").exact
+
+
+def test_each_stack_of_layers_keeps_its_own_number_of_queries_for_a_head_of_keys():
+    model_class, config = source_of("seq2seq-lm", "t5gemma")
+    layout = derive_layout(model_class, config)
+    assert [layout.spaces[name].widens for name in ("group", "group_2")] == [False, False]
 
 
 @pytest.mark.parametrize("growth", SUITE[1:3], ids=lambda growth: growth.name)

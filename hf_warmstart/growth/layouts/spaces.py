@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..axes import Axis, Concat, Fixed, Product, Space
 from ..configs import get_attribute
-from ..layout import WIDENED, Kind, Move, SpaceInfo
+from ..layout import GROUPS, WIDENED, Kind, Move, SpaceInfo
 from .analysis import KEPT
 from .modifiers import Modifiers
 from .moves import Move as MeasuredMove
@@ -132,7 +132,7 @@ class Spaces:
             return False
         if atom.space == "residual":
             return True
-        if atom.space == "group" or atom.kind == "linear":
+        if GROUPS.fullmatch(atom.space) or atom.kind == "linear":
             return False
         free = lambda move: not any(KEPT_ATTRIBUTES.fullmatch(a.rpartition(".")[2]) for a in move.attributes)  # noqa: E731
         return any(p > 0 and free(move) for p, move in zip(atom.powers, self.moves.found, strict=True))
