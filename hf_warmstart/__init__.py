@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .growth.grow import grow, plan_growth
     from .growth.plan import GrowthPlan, GrowthRecord
     from .growth.state import grow_optimizer_state
+    from .growth.upcycle import upcycle
     from .hub import push_to_hub
     from .training import WarmstartTrainer, WarmstartTrainingArguments
 
@@ -31,6 +32,7 @@ _HOMES = {
     "grow_optimizer_state": ".growth.state",
     "plan_growth": ".growth.grow",
     "push_to_hub": ".hub",
+    "upcycle": ".growth.upcycle",
 }
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "grow_optimizer_state",
     "plan_growth",
     "push_to_hub",
+    "upcycle",
 ]
 
 

@@ -90,7 +90,7 @@ def grow(
     plan = plan_growth(model, growth_config, **options)
     child = apply_plan(model, plan)
     if plan.exact:
-        _spot_check(model, child)
+        spot_check(model, child)
     return child
 
 
@@ -103,7 +103,7 @@ def apply_plan(model: PreTrainedModel, plan: GrowthPlan) -> PreTrainedModel:
     setattr(config, RECORD_KEY, [*(getattr(model.config, RECORD_KEY, None) or []), record.to_dict()])
     config._name_or_path = ""  # the child is not what its parent's name names
     config.architectures = [type(model).__name__]
-    child = _empty_like(model, config)
+    child = empty_model(type(model), config, model.dtype).to(model.device)
     targets = child.state_dict(keep_vars=True)
     trainable = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     for name in plan.names:
@@ -120,19 +120,18 @@ def apply_plan(model: PreTrainedModel, plan: GrowthPlan) -> PreTrainedModel:
     return child
 
 
-def _empty_like(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
-    """A model of the same class and device under another config, its weights yet to be filled.
+def empty_model(model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of a class and config, its weights yet to be filled.
 
     It is built for real, on the CPU, because buffers that are not saved (rotary frequencies) are made on the way.
     """
     from transformers.initialization import no_init_weights
 
-    with torch.random.fork_rng(devices=[]), default_dtype(model.dtype), no_init_weights():
-        child = type(model)(config)
-    return child.to(model.device)
+    with torch.random.fork_rng(devices=[]), default_dtype(dtype), no_init_weights():
+        return model_class(config)
 
 
-def _spot_check(model: PreTrainedModel, child: PreTrainedModel) -> None:
+def spot_check(model: PreTrainedModel, child: PreTrainedModel) -> None:
     """Compare outputs of parent and child on a few inputs, in the model's own dtype."""
     training = model.training
     try:
