@@ -13,7 +13,7 @@ from .layout import Layout, Stack, layer_signatures
 from .maps import LayerMap
 from .operators import DEPTH_OPERATORS
 from .sizes import Sizes, TargetSizes
-from .twin import meta_shapes
+from .twin import FAULTS, meta_shapes
 
 
 def built_child(
@@ -103,7 +103,7 @@ def _built(
     grown = resize_config(config, target.attributes, layer_maps)
     try:
         return grown, meta_shapes(model_class, grown)
-    except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, AssertionError) as error:
+    except FAULTS as error:
         raise SizeError(f"{model_class.__name__} cannot be built with {target.attributes}: {error}") from error
 
 

@@ -32,7 +32,7 @@ from .operators import DEPTH_OPERATORS, WIDTH_OPERATORS
 from .sizes import TargetSizes, resolve_sizes
 from .space_maps import layer_axis, space_maps
 from .transform import TensorGrowth
-from .twin import meta_shapes
+from .twin import parent_shapes
 
 RECORD_KEY = "warmstart"
 
@@ -288,10 +288,11 @@ def make_plan(
     """The plan for a class and config. `layout` replaces the derived one (for checks of the checker).
 
     Raises:
-        LayoutError: tensors that cannot be placed. SizeError: sizes that are not admissible.
+        WarmstartError: the class cannot be built from the config. LayoutError: tensors that cannot be placed. SizeError:
+            sizes that are not admissible.
     """
+    shapes = parent_shapes(model_class, config)
     layout = layout or layout_of(model_class, config)
-    shapes = meta_shapes(model_class, config)
     before = layout.sizes(config, shapes)
     count = _counter(layout, config, shapes)
     target = resolve_sizes(layout, config, before, asked, count)

@@ -6,9 +6,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..errors import WarmstartError
 from .configs import config_dtype
+
+# What classes and configs raise when they cannot be built or run as they are.
+FAULTS = (
+    ValueError,
+    TypeError,
+    RuntimeError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    OSError,
+    StrictDataclassError,
+)
 
 
 @contextmanager
@@ -38,6 +54,21 @@ def meta_shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig) ->
     model = build(model_class, config, "meta")
     tied = set(model.all_tied_weights_keys)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def parent_shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """`meta_shapes` of a model that is to be grown.
+
+    Raises:
+        WarmstartError: the class cannot be built from the config; its own words are kept.
+    """
+    try:
+        return meta_shapes(model_class, config)
+    except FAULTS as error:
+        words = " ".join(str(error).split())
+        raise WarmstartError(
+            f"{model_class.__name__} cannot be built from this config: {type(error).__name__}: {words}"
+        ) from error
 
 
 def randomise(model: PreTrainedModel, seed: int, scale: float = 0.3) -> None:

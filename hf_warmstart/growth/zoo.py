@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
@@ -34,7 +33,7 @@ from .layouts import layout_of
 from .layouts.probe import overrides, own_config, probe_config
 from .plan import GrowthPlan, make_plan
 from .precision import true_float64
-from .twin import meta_shapes
+from .twin import FAULTS, meta_shapes
 
 KINDS: Mapping[str, str] = {
     "causal-lm": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -46,19 +45,6 @@ KINDS: Mapping[str, str] = {
 }
 TOLERANCE = 1e-9  # of relative and pull-back errors, in float64
 HELD_OUT = 20
-# What classes and configs raise when they cannot be built or run as they are.
-FAULTS = (
-    ValueError,
-    TypeError,
-    RuntimeError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    ArithmeticError,
-    AssertionError,
-    OSError,
-    StrictDataclassError,
-)
 
 
 class Status(str, enum.Enum):

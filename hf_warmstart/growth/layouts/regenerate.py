@@ -17,7 +17,8 @@ from transformers import __version__ as transformers_version
 
 from ...errors import WarmstartError
 from ..configs import resize_config
-from ..zoo import FAULTS, entries, source_of
+from ..twin import FAULTS
+from ..zoo import entries, source_of
 from . import cache
 from .lookup import derived
 
