@@ -57,6 +57,15 @@ class Axis(ABC):
         for part in self.parts():
             yield from part.spaces()
 
+    def leaves(self) -> Iterator[Axis]:
+        """The spaces and constant lengths of the expression, with repetitions."""
+        for part in self.parts():
+            yield from part.leaves()
+
+    def replaced(self, old: Axis, new: Axis) -> Axis:
+        """The expression with one leaf in another's place, wherever it occurs."""
+        return type(self)(*(part.replaced(old, new) for part in self.parts()))
+
     def __str__(self) -> str:
         inner = ", ".join(map(str, self.parts()))
         return f"{type(self).__name__}({inner})"
@@ -82,6 +91,12 @@ class Space(Axis):
     def spaces(self):
         yield self.name
 
+    def leaves(self):
+        yield self
+
+    def replaced(self, old, new):
+        return new if self == old else self
+
     def __str__(self):
         return self.name
 
@@ -100,6 +115,12 @@ class Fixed(Axis):
 
     def to_data(self):
         return self.length
+
+    def leaves(self):
+        yield self
+
+    def replaced(self, old, new):
+        return new if self == old else self
 
     def __str__(self):
         return str(self.length)

@@ -23,6 +23,7 @@ def built_child(
     target: TargetSizes,
     asked: GrowthConfig,
     shapes: Mapping[str, tuple[int, ...]],
+    before: Sizes,
 ) -> tuple[PreTrainedConfig, dict[str, LayerMap], dict[str, tuple[int, ...]]]:
     """The child's config, the map of each stack, and the child's tensors as the class builds them.
 
@@ -40,9 +41,9 @@ def built_child(
     for period in (None, *whole, *range(1, deepest)) if deepest else (None,):
         layer_maps: dict[str, LayerMap] = {}
         for stack in layout.stacks:
-            before, after = counts[stack.attribute], target.layers[stack.attribute]
-            able = [k for k in range(before) if stack.may_copy(k, signatures)]
-            made = _layer_map(stack, asked, after, period, before, able)
+            had, after = counts[stack.attribute], target.layers[stack.attribute]
+            able = [k for k in range(had) if stack.may_copy(k, signatures)]
+            made = _layer_map(stack, asked, after, period, had, able)
             if made is None:
                 break
             layer_maps[stack.attribute] = made
@@ -50,7 +51,7 @@ def built_child(
             deeper = {path: m for path, m in layer_maps.items() if not m.is_identity}
             try:
                 grown_config, built = _built(model_class, config, target, deeper)
-                problem = _mismatch(layout, grown_config, layer_maps, built, shapes, target.spaces)
+                problem = _mismatch(layout, grown_config, layer_maps, built, shapes, (before, target.spaces))
             except SizeError as error:
                 problem = str(error)
             if not problem:
@@ -107,7 +108,7 @@ def _built(
         raise SizeError(f"{model_class.__name__} cannot be built with {target.attributes}: {error}") from error
 
 
-def _mismatch(layout: Layout, config, layer_maps, built, shapes, sizes: Sizes) -> str:
+def _mismatch(layout: Layout, config, layer_maps, built, shapes, sizes: tuple[Sizes, Sizes]) -> str:
     """In words, how the class's tensors differ from those planned; empty where they do not."""
     wrong = []
     try:
@@ -120,7 +121,8 @@ def _mismatch(layout: Layout, config, layer_maps, built, shapes, sizes: Sizes) -
         if source not in shapes:
             wrong.append(f"{name} has no source in the parent")
             continue
-        expected = tuple(axis.size(sizes) for axis in placed[name].axes)
+        fitted = layout.fitted(placed[name], shapes[source], sizes[0])
+        expected = tuple(axis.size(sizes[1]) for axis in fitted.axes)
         if expected != tuple(shape):
             wrong.append(f"{name}: has {tuple(shape)}, the plan says {expected}")
     planned = {

@@ -24,7 +24,7 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from ..errors import LayoutError
-from .axes import Axis, axis_from_data
+from .axes import Axis, Fixed, Space, axis_from_data
 from .configs import get_attribute, layer_tag
 
 Role = Literal["write", "read"]
@@ -229,6 +229,12 @@ class Layout:
 
     def sizes(self, config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         """The size of every space of one model, from its tensors' shapes and its config's attributes."""
+        return self.told_sizes(config, shapes)[0]
+
+    def told_sizes(
+        self, config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]]
+    ) -> tuple[dict[str, int], frozenset[str]]:
+        """`sizes`, and the spaces of which only the sum is known: these can only stay as they are."""
         layouts = self.placed(config, shapes)
         sizes = self.predicted_sizes(config)
         pending = [
@@ -236,24 +242,48 @@ class Layout:
             for name, shape in shapes.items()
             for axis, length in zip(layouts[name].axes, shape, strict=True)
         ]
-        for axis, length in pending:  # a size that the class rounds is what its tensors say
-            if len(alone := set(axis.spaces())) == 1 and alone <= set(sizes) and axis.size(sizes) != length:
-                del sizes[alone.pop()]
-        for _ in range(2):  # an axis with one unknown space tells its size
-            for axis, length in pending:
-                unknown = set(axis.spaces()) - set(sizes)
-                if len(unknown) == 1:
-                    name = unknown.pop()
-                    at = [axis.size({**sizes, name: k}) for k in (0, 1)]
-                    if at[1] > at[0] and (length - at[0]) % (at[1] - at[0]) == 0:
-                        sizes[name] = (length - at[0]) // (at[1] - at[0])
+        # A constant length is the probe's, not the model's (see `fitted`): what has none tells sizes first.
+        pure = [(axis, length) for axis, length in pending if not any(isinstance(x, Fixed) for x in axis.leaves())]
+        attributes = {name for name in self.spaces for path in self.probe if self._is_attribute(name, path)}
+        for axis, length in pure:  # a size that the class rounds is what its tensors say
+            names = set(axis.spaces())
+            unsure = names - attributes if len(names) > 1 else names
+            if len(unsure) == 1 and names <= set(sizes) and axis.size(sizes) != length:
+                del sizes[unsure.pop()]
+        for axis, length in (*pure, *pure, *pending, *pending):  # an axis with one unknown space tells its size
+            unknown = set(axis.spaces()) - set(sizes)
+            if len(unknown) == 1:
+                name = unknown.pop()
+                at = [axis.size({**sizes, name: k}) for k in (0, 1)]
+                if at[1] > at[0] and (length - at[0]) % (at[1] - at[0]) == 0:
+                    sizes[name] = (length - at[0]) // (at[1] - at[0])
+        shared = self._shared_sizes(pending, sizes)
+        sizes |= shared
         if missing := sorted(set(self.spaces) - set(sizes)):
             raise LayoutError(f"The sizes of {missing} in {type(config).__name__} could not be told.")
         if wrong := self.wrong_shapes(config, shapes, sizes):
             raise LayoutError(
                 f"{len(wrong)} tensors do not have the shape that the layout of {self.model_type} gives them:\n{collect(wrong)}"
             )
-        return sizes
+        return sizes, frozenset(shared)
+
+    def _shared_sizes(self, pending: Iterable[tuple[Axis, int]], sizes: Mapping[str, int]) -> dict[str, int]:
+        """Sizes of two spaces that tensors tell together only, as the rotated and the other part of a head, in some way.
+
+        Where both stay, so does each entry of the axes that they share, wherever one ends and the other begins.
+        """
+        known = dict(sizes)
+        for axis, length in pending:
+            unknown = [name for name in dict.fromkeys(axis.spaces()) if name not in known]
+            if len(unknown) == 2:
+                a, b = unknown
+                at = [axis.size({**known, a: m, b: n}) for m, n in ((0, 0), (1, 0), (0, 1))]
+                step = at[1] - at[0]
+                total = (length - at[0]) // step if step > 0 and at[1] == at[2] else 0
+                share = round(total * self.spaces[a].size / (self.spaces[a].size + self.spaces[b].size))
+                if 0 < share < total and axis.size({**known, a: share, b: total - share}) == length:
+                    known |= {a: share, b: total - share}
+        return {name: size for name, size in known.items() if name not in sizes}
 
     def predicted_sizes(self, config: PreTrainedConfig) -> dict[str, int]:
         """Sizes by the config's attributes alone, of the spaces that they determine."""
@@ -275,11 +305,42 @@ class Layout:
                 found[name] = get_attribute(config, info.attributes[0])
                 continue
             if off & {a for m in self.moves if name in m.spaces for a in m.attributes}:
+                alike = {v for a, v in values.items() if self._is_attribute(name, a) and isinstance(v, int)}
+                found |= {name: alike.pop()} if len(alike) == 1 else {}
                 continue
             size = info.size * 2 ** sum(float(s) * m.spaces.get(name, 0.0) for s, m in zip(steps, usable, strict=True))
             if abs(size - round(size)) < 1e-4 * size:
                 found[name] = round(size)
         return found
+
+    def _is_attribute(self, name: str, path: str) -> bool:
+        """Whether a space is as large as an attribute says: so it is in the probe, and in each move."""
+        moved = all(move.spaces.get(name, 0.0) == move.attributes.get(path, 0.0) for move in self.moves)
+        return moved and self.probe[path] == self.spaces[name].size
+
+    def fitted(self, tensor: TensorLayout, shape: tuple[int, ...], sizes: Mapping[str, int]) -> TensorLayout:
+        """A tensor's layout with the constant lengths that the tensor of a model has, whose shape and sizes are given.
+
+        A layout has its constants from the probe: what no attribute moves there stays, however long it is, and so does what
+        must stay. Where one of them is all that an axis leaves open, the axis tells it.
+        """
+        if len(shape) != len(tensor.axes):
+            return tensor
+        axes = tuple(self._fitted(axis, length, sizes) for axis, length in zip(tensor.axes, shape, strict=True))
+        return tensor if axes == tensor.axes else replace(tensor, axes=axes)
+
+    def _fitted(self, axis: Axis, length: int, sizes: Mapping[str, int]) -> Axis:
+        if axis.size(sizes) == length:
+            return axis
+        leaves = list(axis.leaves())
+        kept = [leaf for leaf in leaves if isinstance(leaf, Space) and self.spaces[leaf.name].kind == "fixed"]
+        still = [leaf for leaf in leaves if isinstance(leaf, Fixed)] or kept
+        if len(still) != 1:
+            return axis
+        none, one = (axis.replaced(still[0], Fixed(n)).size(sizes) for n in (0, 1))
+        if one <= none or length <= none or (length - none) % (one - none):
+            return axis
+        return axis.replaced(still[0], Fixed((length - none) // (one - none)))
 
     def wrong_shapes(
         self, config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]
@@ -288,7 +349,7 @@ class Layout:
         wrong = []
         layouts = self.placed(config, shapes)
         for name, shape in shapes.items():
-            expected = tuple(axis.size(sizes) for axis in layouts[name].axes)
+            expected = tuple(axis.size(sizes) for axis in self.fitted(layouts[name], shape, sizes).axes)
             if expected != tuple(shape):
                 wrong.append(f"{name}: has {tuple(shape)}, the layout says {expected}")
         return wrong

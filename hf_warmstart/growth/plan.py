@@ -29,7 +29,7 @@ from .layouts.moves import measured_scalar
 from .layouts.probe import probe_config, set_dtype
 from .maps import LayerMap, SpaceMap
 from .operators import DEPTH_OPERATORS, WIDTH_OPERATORS
-from .sizes import TargetSizes, resolve_sizes
+from .sizes import Sizes, TargetSizes, resolve_sizes
 from .space_maps import layer_axis, space_maps
 from .transform import TensorGrowth
 from .twin import parent_shapes
@@ -115,7 +115,8 @@ class GrowthPlan:
     @cached_property
     def placed(self) -> Mapping[str, TensorLayout]:
         """The layout of each of the child's tensors."""
-        return self.layout.placed(self.target_config, self.target_shapes)
+        found = self.layout.placed(self.target_config, self.target_shapes)
+        return {n: self.layout.fitted(t, self.shapes[self.source_name(n)], self.sizes[0]) for n, t in found.items()}
 
     @property
     def layer_map(self) -> LayerMap:
@@ -293,13 +294,14 @@ def make_plan(
     """
     shapes = parent_shapes(model_class, config)
     layout = layout or layout_of(model_class, config)
-    before = layout.sizes(config, shapes)
-    count = _counter(layout, config, shapes)
+    before, shared = layout.told_sizes(config, shapes)
+    count = _counter(layout, config, shapes, before)
     target = resolve_sizes(layout, config, before, asked, count)
     operator = WIDTH_OPERATORS[asked.width_operator]
     _check_numbers(layout, target)
+    _check_told(config, before, target, shared)
     maps = space_maps(layout, before, target, asked)
-    grown_config, layer_maps, target_shapes = built_child(model_class, layout, config, target, asked, shapes)
+    grown_config, layer_maps, target_shapes = built_child(model_class, layout, config, target, asked, shapes, before)
     maps |= {
         name: layer_axis(layer_maps[info.attributes[0]])
         for name, info in layout.spaces.items()
@@ -345,9 +347,16 @@ def _check_numbers(layout: Layout, target: TargetSizes) -> None:
         raise SizeError(f"{layout.model_type} cannot grow so: {'; '.join(sorted(changed)[:3])}.")
 
 
-def _counter(layout: Layout, config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]]):
+def _check_told(config: PreTrainedConfig, before: Sizes, target: TargetSizes, shared: frozenset[str]) -> None:
+    """Refuse a growth of what tensors tell in sum only: where one part ends and the next begins would matter."""
+    if changed := sorted(name for name in shared if target.spaces[name] != before[name]):
+        raise SizeError(f"The sizes of {changed} in {type(config).__name__} could not be told one by one.")
+
+
+def _counter(layout: Layout, config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]], before: Sizes):
     """Counts entries of all tensors under other sizes and depths; new layers are like those there are, on average."""
-    axes = [(tensor.axes, layout.template(name)[1]) for name, tensor in layout.placed(config, shapes).items()]
+    placed = layout.placed(config, shapes)
+    axes = [(layout.fitted(t, shapes[name], before).axes, layout.template(name)[1]) for name, t in placed.items()]
 
     def count(sizes: Mapping[str, int], layers: Mapping[str, int]) -> int:
         total = 0.0
