@@ -82,6 +82,10 @@ def _rotary_map(name: str, info: SpaceInfo, before: int, target: TargetSizes) ->
             f"The inside of rotated heads ({name}) can only grow by whole factors, where its angles nest: {before} -> {after}."
         )
     form, sizes = info.inside
+    if any(size * before % info.size for _, size in sizes):
+        raise SizeError(
+            f"The inside of rotated heads ({name}) cannot grow: which of its {before} entries are rotated could not be told."
+        )
     ratio = after // before
     maps = {}
     for part, size in sizes:

@@ -112,6 +112,12 @@ def test_parts_of_heads_that_are_told_in_sum_only_stay_or_are_refused():
         plan_of("glm4_moe", config, sizes={"hidden_size": 152})
 
 
+def test_rotated_parts_that_are_no_whole_number_of_pairs_do_not_grow():
+    config = resize_config(probe_config(source_of("causal-lm", "glm4_moe")[1]), {"hidden_size": 88})
+    with pytest.raises(WarmstartError, match="which of its 11 entries are rotated could not be told"):
+        plan_of("glm4_moe", config, sizes={"hidden_size": 176})
+
+
 def test_a_class_that_cannot_be_built_from_its_config_says_so_in_its_own_words():
     config = MinistralConfig()  # leaves head_dim unset, which the model needs
     with pytest.raises(
