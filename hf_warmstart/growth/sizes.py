@@ -318,6 +318,8 @@ def _does_not_divide(layout: Layout, before: Sizes, width: float | None, wrong: 
             f"{name} ({reason})" for name, reason in sorted(whole.items())
         )
         return f"width={width} does not divide: {detail}. Pass a whole width, or sizes={{...}} by name."
+    if near == [ratio]:  # what widens could grow so: something else is in the way
+        return f"width={width} does not divide: {detail}. Pass sizes={{...}} by name."
     return (
         f"width={width} does not divide: {detail}. Admissible widths near it: {listed}. Or pass sizes={{...}} by name."
     )
@@ -392,6 +394,8 @@ def regrouping(before: Mapping[str, int], after: Mapping[str, int]) -> tuple[str
 def _beside(layout: Layout, name: str) -> str:
     """What a space would have to grow along with, had that not to stay: in words, why the space shrinks."""
     own = set(layout.spaces[name].attributes)
+    if not own:  # more of what it is the inside of share one width
+        return " (more heads make each smaller, and no attribute is known to widen what they share)"
     near = ((n, i) for n, i in layout.spaces.items() if i.kind == "fixed" and i.reason and own & set(i.attributes))
     stay = [f"{n} must stay: {i.reason}" for n, i in near]
     return f" ({'; '.join(stay)})" if stay else ""

@@ -228,7 +228,9 @@ class Spaces:
                 after[joined] = sum(values) if form == "cat" else math.prod(values)
             powers = tuple(round(math.log2(after[joined] / joined.size), 6) for after in self.sizes)
             strict = max(members, key=lambda atom: _STRICTNESS.index(atom.kind))
-            self.atoms[joined] = Atom(strict.kind, powers, strict.reason)
+            # A constant has no reason of its own: what meets in the part beside it is why the whole stays.
+            reason = strict.reason or next((atom.reason for atom in members if atom.kind == "contracted"), "")
+            self.atoms[joined] = Atom(strict.kind, powers, reason)
             self.inside[joined] = (form, *(self._inside_of(part[1]) for part in parts))
             for term in {part[1] for part in parts} - set(self.constants.values()):
                 self.modifiers.one_sided |= {joined} if term in self.modifiers.one_sided else set()
