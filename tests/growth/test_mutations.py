@@ -215,7 +215,7 @@ INVISIBLE = {
 
 def _error(plan: GrowthPlan) -> float:
     found = compare(plan)
-    return max(found.max_relative_error, found.max_pullback_error)
+    return found.max_relative_error + found.max_pullback_error  # a sum, since a maximum may lose what is no number
 
 
 def _seen(wrong: GrowthPlan, allowed: float) -> bool:
