@@ -1,13 +1,12 @@
 """Training in the parent's coordinates: the grown run is the parent's run, step for step.
 
 For even copies every tensor is `w' = s * tile(w)` and its gradient `G' = gamma * tile(G)`, N times each entry. One
-AdamW step then moves the child exactly as the parent when
+optimizer step then moves the child exactly as the parent when its settings are what `growth.optimizers` says for these
+factors (for AdamW: learning rate * s, epsilon * gamma, decoupled weight decay / s), and gradients are clipped by the norm
+that the parent would have had, `|G|^2 = sum |G'|^2 / (gamma^2 N)`. This proves that weights and training state were
+carried rightly; it is no way to train, since the child stays the parent at several times the price.
 
-    learning rate * s        epsilon * gamma        decoupled weight decay / s
-
-and gradients are clipped by the norm that the parent would have had, `|G|^2 = sum |G'|^2 / (gamma^2 N)`. This proves
-that weights and training state were carried rightly; it is no way to train, since the child stays the parent at
-several times the price.
+The same groups serve muP's transfer of a learning rate, which does change how the child trains.
 
 Source: arXiv 2602.10545 states the factors for muP; measured here for every tensor of a layout.
 """
@@ -15,25 +14,16 @@ Source: arXiv 2602.10545 states the factors for muP; measured here for every ten
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..errors import WarmstartError
+from ..errors import StateError, WarmstartError
 from .layout import collect
+from .optimizers import RULES, Convert, Factors, rule_for_optimizer, settings_in_parent_coordinates
 from .plan import GrowthPlan
-
-
-@dataclass(frozen=True)
-class Factors:
-    """Factors of one tensor: on the weight `s`, on the gradient `gamma`, and copies of each entry."""
-
-    weight: float
-    gradient: float
-    copies: float
-    shifted: bool = False  # w' = s (w + 1) - 1: decay towards zero has no counterpart unless s = 1
 
 
 def coordinate_factors(plan: GrowthPlan) -> dict[str, Factors]:
@@ -58,7 +48,9 @@ def coordinate_factors(plan: GrowthPlan) -> dict[str, Factors]:
             copies *= axis_map.m / axis_map.n
         if not constant:
             varying.append(name)
-        factors[name] = Factors(weight, gradient, copies, bool(growth.layout.offset) and weight != 1.0)
+        before = tuple(axis_map.n for axis_map in growth.maps)
+        shifted = bool(growth.layout.offset) and weight != 1.0
+        factors[name] = Factors(weight, gradient, copies, before, growth.shape, shifted)
     if varying:
         raise WarmstartError(
             f"In the parent's coordinates each tensor needs one factor, but it varies in {len(varying)} tensors of this "
@@ -73,38 +65,71 @@ def _constant(values: Tensor) -> bool:
 
 
 def coordinate_groups(
-    groups: Iterable[Mapping], names: Mapping[int, str], factors: Mapping[str, Factors]
+    optimizer: torch.optim.Optimizer, names: Mapping[int, str], factors: Mapping[str, Factors]
 ) -> list[dict]:
-    """Split optimizer groups so that all parameters of a group share their factors, and apply these.
+    """An optimizer's groups, split so that all parameters of a group share the settings that its rule gives them.
 
     Args:
-        groups: groups of an AdamW optimizer, with `lr`, `eps`, `weight_decay` and `params`.
-        names: name of each parameter by `id`. factors: from `coordinate_factors`.
+        optimizer: its `param_groups` hold the settings for the parent. names: name of each parameter by `id`.
+        factors: from `coordinate_factors`.
 
     Raises:
+        StateError: no rule knows the optimizer.
         WarmstartError: a norm of the form `1 + weight` would be decayed, which has no counterpart.
     """
-    made = []
+    convert = settings_in_parent_coordinates(optimizer)
+    return split_groups(optimizer.param_groups, names, lambda name, group: _converted(name, group, factors, convert))
+
+
+def _converted(name: str, group: Mapping, factors: Mapping[str, Factors], convert: Convert) -> dict[str, Any]:
+    if factors[name].shifted and group.get("weight_decay"):
+        raise WarmstartError(
+            f"{name} enters as 1 + weight and is rescaled; its weight decay has no counterpart in the parent's coordinates. "
+            "Exclude it from weight decay."
+        )
+    return convert(group, factors[name])
+
+
+def transferred_groups(
+    optimizer: torch.optim.Optimizer, names: Mapping[int, str], plan: GrowthPlan
+) -> list[dict[str, Any]]:
+    """Groups under muP's transfer of a learning rate tuned at the parent's width: Adam's rate for a matrix is divided by
+    the growth of what it reads, its decoupled decay multiplied, so that their product stays; vectors, and tables that are
+    looked up, keep theirs.
+
+    Raises:
+        StateError: the optimizer is no Adam, for which the rule was made.
+
+    Source: arXiv 2203.03466 (Adam), with the ratios of child to parent as widths.
+    """
+    if rule_for_optimizer(optimizer) is not RULES[0]:
+        raise StateError(
+            f"learning_rate_transfer='mup' is a rule for Adam's steps, not for {type(optimizer).__name__}'s. Pass an AdamW, or "
+            "leave it out."
+        )
+
+    def settings(name: str, group: Mapping) -> dict[str, Any]:
+        growth = plan.tensor(name)
+        ratio = 1.0
+        for axis_map, role in zip(growth.maps, growth.layout.roles, strict=True):
+            ratio *= axis_map.m / axis_map.n if role == "read" else 1.0
+        return {"lr": group["lr"] / ratio, "weight_decay": group["weight_decay"] * ratio}
+
+    return split_groups(optimizer.param_groups, names, settings)
+
+
+def split_groups(
+    groups: Iterable[Mapping], names: Mapping[int, str], settings: Callable[[str, Mapping], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Groups in which every parameter has the settings that a rule gives it; as few as there are different settings."""
+    made: list[dict[str, Any]] = []
     for group in groups:
-        by_factors: dict[tuple[float, float], list[nn.Parameter]] = {}
+        parts: dict[tuple, dict[str, Any]] = {}
         for parameter in group["params"]:
-            factor = factors[names[id(parameter)]]
-            if factor.shifted and group["weight_decay"]:
-                raise WarmstartError(
-                    f"{names[id(parameter)]} enters as 1 + weight and is rescaled; its weight decay has no counterpart in "
-                    "the parent's coordinates. Exclude it from weight decay."
-                )
-            by_factors.setdefault((factor.weight, factor.gradient), []).append(parameter)
-        for (weight, gradient), parameters in by_factors.items():
-            made.append(
-                {
-                    **group,
-                    "params": parameters,
-                    "lr": group["lr"] * weight,
-                    "eps": group["eps"] * gradient,
-                    "weight_decay": group["weight_decay"] / weight,
-                }
-            )
+            own = settings(names[id(parameter)], group)
+            part = parts.setdefault(tuple(sorted(own.items())), {**group, **own, "params": []})
+            part["params"].append(parameter)
+        made += parts.values()
     return made
 
 

@@ -98,6 +98,15 @@ class SpaceMap:
         """int64 (n,): how often each old coordinate is copied."""
         return torch.bincount(self.source[self.source >= 0], minlength=self.n)
 
+    @property
+    def first_copies(self) -> Tensor:
+        """bool (m,): the first copy of each old coordinate."""
+        seen = torch.full((self.n,), self.m, dtype=torch.int64)
+        sourced = ~self.unsourced
+        at = torch.arange(self.m)
+        seen.scatter_reduce_(0, self.source[sourced], at[sourced], "amin")
+        return sourced & (seen[self.source.clamp(min=0)] == at)
+
     def check(self) -> None:
         """Raise unless `R^T W = I` to rounding (1e-12)."""
         error = (self.pull(self.dense_write(), 0, "read") - torch.eye(self.n, dtype=torch.float64)).abs().max()

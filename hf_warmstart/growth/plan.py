@@ -132,6 +132,15 @@ class GrowthPlan:
             return name
         return template.replace("{i}", str(self.layer_maps[stack.attribute].source[layer]))
 
+    def in_added_layer(self, name: str) -> bool:
+        """Whether one of the child's tensors lies in a layer that the growth added: all but the first run of a source."""
+        _, stack, layer = self.layout.template(name)
+        if stack is None:
+            return False
+        layers = self.layer_maps[stack.attribute]
+        kept = [s for s, gated in zip(layers.source[:layer], layers.gated[:layer], strict=True) if not gated]
+        return layers.gated[layer] or layers.source[layer] in kept
+
     def tensor(self, name: str) -> TensorGrowth:
         """How one of the child's tensors grows."""
         layout = self.placed[name]

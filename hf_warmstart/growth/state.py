@@ -1,9 +1,14 @@
-"""`grow_optimizer_state`: an Adam optimizer's state through the same maps as the weights.
+"""`grow_optimizer_state`: an optimizer's state through the same maps as the weights.
 
-A tensor's first moment is an average of its gradients, so it grows as gradients do, by the dual maps
-(`G' = R_out G W_in^T`); its second moment by the squares of their factors; its step count stays. For even copies this
-is exact: the grown moments are those that the grown model would have had. For uneven copies, noise and slices it is
-the natural estimate.
+`growth.optimizers` says how each piece of a state grows. Three policies say what becomes of it:
+
+- `carry`: every entry of the child takes what its source kept, with exact factors; entries without a source take the mean
+  second moment of the carried ones. For even copies this is the state that the grown model would have had itself.
+- `asymmetric_reset`: the first copy of each old entry keeps its moments, everything that the growth added starts at zero
+  with a step count of its own (arXiv 2602.02472). `training.GrownAdamW` continues from it: under the one count of a stock
+  optimizer, whose bias correction is long over, a second moment that starts at zero is a learning rate several times too
+  large (with beta2 = 0.999 3 to 6.6 times for the first dozens of steps).
+- `reset`: nothing is taken along.
 """
 
 from __future__ import annotations
@@ -15,31 +20,27 @@ import torch
 
 from ..errors import StateError, WarmstartError
 from .layout import collect
+from .optimizers import RULES, rule_for_entry
 from .plan import GrowthPlan
-from .transform import Kind
 
-StatePolicy = Literal["carry", "reset"]
-STATE_POLICIES: tuple[str, ...] = ("carry", "reset")
-
-# How each tensor of an optimizer's state grows. AMSGrad's running maximum is a second moment.
-MOMENTS: dict[str, Kind] = {
-    "exp_avg": "first_moment",
-    "exp_avg_sq": "second_moment",
-    "max_exp_avg_sq": "second_moment",
-}
+StatePolicy = Literal["carry", "asymmetric_reset", "reset"]
+STATE_POLICIES: tuple[str, ...] = ("carry", "asymmetric_reset", "reset")
+# What `asymmetric_reset` adds to an Adam entry: which entries are new, and the step count at which they began.
+NEW, BORN = "new", "born"
 
 
 def grow_optimizer_state(
     state_dict: Mapping[str, Any], plan: GrowthPlan, *, state_policy: StatePolicy = "carry"
 ) -> dict[str, Any]:
-    """Grow an Adam or AdamW state that is keyed by parameter name.
+    """Grow an optimizer's state that is keyed by parameter name.
 
     Args:
-        state_dict: `{"state": {name: {"step", "exp_avg", "exp_avg_sq"}}, "param_groups": [{"params": [name, ...], ...}]}`
-            with the parent's names, or only the inner `{name: {...}}`. It is not changed.
+        state_dict: `{"state": {name: {"step", "exp_avg", ...}}, "param_groups": [{"params": [name, ...], ...}]}` with the
+            parent's names, or only the inner `{name: {...}}`. It is not changed. Known are Adam and AdamW (with AMSGrad's
+            maximum), SGD with momentum, Lion, Muon, and Adafactor of transformers and of torch.
         plan: the growth, from `plan_growth`.
-        state_policy (`str`, defaults to `"carry"`): `"carry"` takes the moments and steps along, `"reset"` gives an empty
-            state.
+        state_policy (`str`, defaults to `"carry"`): `"carry"` takes the state along, `"asymmetric_reset"` only for the first
+            copy of each entry (Adam's moments only; the state is `GrownAdamW`'s), `"reset"` gives an empty state.
 
     Returns:
         The same form with the child's names. Parameters without a state in the parent (frozen, or never reached by a
@@ -47,7 +48,7 @@ def grow_optimizer_state(
         earned would move them.
 
     Raises:
-        StateError: names or shapes that are not the parent's, or state tensors that are no Adam moments; all are named.
+        StateError: names or shapes that are not the parent's, or state tensors that no known optimizer keeps; all are named.
 
     Example:
 
@@ -57,25 +58,53 @@ def grow_optimizer_state(
     check_state_policy(state_policy)
     whole = "state" in state_dict
     state: Mapping[str, Mapping[str, Any]] = state_dict["state"] if whole else state_dict
-    groups = [dict(group) for group in state_dict.get("param_groups", [])] if whole else []
-    _check(state, groups, plan, whole)
-    children: dict[str, list[str]] = {}
-    for name in plan.names:
-        children.setdefault(plan.source_name(name), []).append(name)
-    for group in groups:
-        group["params"] = [child for name in group["params"] for child in children[name]]
-        group.pop("param_names", None)
-    grown: dict[str, dict[str, Any]] = {}
-    if state_policy == "carry":
+    groups = list(state_dict.get("param_groups", [])) if whole else []
+    if state_policy != "reset":
+        check_state(state, groups, plan, complete=not whole)
+    grown = {}
+    if state_policy != "reset":
         for name in plan.names:
             entry = state.get(plan.source_name(name))
             if entry:
-                growth = plan.tensor(name)
-                grown[name] = {
-                    key: growth.grow(value, MOMENTS[key]) if key in MOMENTS else _clone(value)
-                    for key, value in entry.items()
-                }
-    return {"state": grown, "param_groups": groups} if whole else grown
+                grown[name] = grow_entry(plan, name, entry, state_policy)
+    return {"state": grown, "param_groups": grow_groups(groups, plan)} if whole else grown
+
+
+def grow_entry(plan: GrowthPlan, name: str, entry: Mapping[str, Any], state_policy: str) -> dict[str, Any]:
+    """The optimizer's entry of one of the child's parameters, from that of its source."""
+    growth = plan.tensor(name)
+    rule = rule_for_entry(entry)
+    if rule is None:
+        raise StateError(_unknown(name, entry))
+    grown = rule.grow(growth, entry)
+    if state_policy == "asymmetric_reset":
+        if rule is not RULES[0] or "step" not in entry:
+            raise StateError(
+                f"{name}: state_policy='asymmetric_reset' needs Adam's moments and step; {sorted(entry)} is a state of "
+                f"{rule.name}. Pass state_policy='carry' or 'reset'."
+            )
+        new = torch.ones(growth.shape, dtype=torch.bool) if plan.in_added_layer(name) else growth.new_entries()
+        for key, kind in rule.pieces.items():
+            if key in grown and kind != "scalar":
+                grown[key] = grown[key].masked_fill(new.to(grown[key].device), 0.0)
+        grown[NEW] = new
+        grown[BORN] = torch.as_tensor(entry["step"], dtype=torch.float32).clone()
+    return grown
+
+
+def grow_groups(groups: list[Mapping[str, Any]], plan: GrowthPlan) -> list[dict[str, Any]]:
+    """Parameter groups with the child's names, each in the child's own order of parameters."""
+    children: dict[str, list[str]] = {}
+    for name in plan.names:
+        children.setdefault(plan.source_name(name), []).append(name)
+    order = {name: number for number, name in enumerate(plan.names)}
+    return [
+        {
+            **{key: value for key, value in group.items() if key != "param_names"},
+            "params": sorted((child for name in group["params"] for child in children[name]), key=order.__getitem__),
+        }
+        for group in groups
+    ]
 
 
 def check_state_policy(state_policy: str) -> None:
@@ -84,30 +113,51 @@ def check_state_policy(state_policy: str) -> None:
         raise WarmstartError(f"state_policy={state_policy!r} is none of {list(STATE_POLICIES)}.")
 
 
-def _clone(value: Any) -> Any:
-    return value.clone() if isinstance(value, torch.Tensor) else value
+def check_state(
+    state: Mapping[str, Mapping[str, Any]], groups: list[Mapping], plan: GrowthPlan, *, complete: bool
+) -> None:
+    """Raise unless every name, state tensor and shape belongs to the plan's parent.
 
-
-def _check(state: Mapping, groups: list[dict], plan: GrowthPlan, whole: bool) -> None:
-    """Every name, state tensor and shape belongs to the plan's parent."""
+    Args:
+        complete: whether every parameter must have a state.
+    """
     parent = plan.shapes
     problems = []
     for name in sorted({*state, *(name for group in groups for name in group["params"])} - set(parent)):
         problems.append(f"{name} is no parameter of the parent")
     for name in sorted(set(state) & set(parent)):
-        for key, value in state[name].items():
-            if key == "step":
-                continue
-            if key not in MOMENTS:
-                problems.append(f"{name}: state tensor {key!r} is none of {sorted(MOMENTS)}")
-            elif tuple(value.shape) != tuple(parent[name]):
-                problems.append(f"{name}: {key} has shape {tuple(value.shape)}, the parent's is {tuple(parent[name])}")
+        problems += check_entry(name, state[name], tuple(parent[name]))
     missing = sorted(set(parent) - set(state))
-    if missing and not whole:
+    if missing and complete:
         problems += [f"{name} has no state" for name in missing]
     if problems:
         raise StateError(
             f"The optimizer state is not that of the parent {plan.model_class.__name__}:\n{collect(problems)}\n"
-            "Pass the state of the model that was grown (Adam or AdamW, keyed by parameter name), or "
-            "state_policy='reset'."
+            "Pass the state of the model that was grown, keyed by parameter name, or state_policy='reset'."
         )
+
+
+def check_entry(name: str, entry: Mapping[str, Any], shape: tuple[int, ...]) -> list[str]:
+    """What is wrong with the entry of a parameter of a shape."""
+    rule = rule_for_entry(entry)
+    if rule is None:
+        return [_unknown(name, entry)] if entry else []
+    problems = []
+    for key, value in entry.items():
+        if isinstance(value, torch.Tensor) and tuple(value.shape) != (expected := rule.shape(key, shape, value)):
+            problems.append(f"{name}: {key} has shape {tuple(value.shape)}, the parent's is {expected}")
+    return problems
+
+
+def _unknown(name: str, entry: Mapping[str, Any]) -> str:
+    quantised = any(key.startswith(("qmap", "absmax")) for key in entry) or any(
+        isinstance(value, torch.Tensor) and value.dtype == torch.uint8 for value in entry.values()
+    )
+    if quantised:
+        return (
+            f"{name}: its moments are quantised to 8 bits ({', '.join(sorted(entry))}), whose blocks no map follows; resume "
+            "the parent for a step with an unquantised optimizer, or pass state_policy='reset'"
+        )
+    return (
+        f"{name}: state tensors {sorted(entry)} are of no known optimizer ({', '.join(rule.name for rule in RULES)})"
+    )

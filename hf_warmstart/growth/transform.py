@@ -23,7 +23,7 @@ from . import random
 from .layout import Role, TensorLayout
 from .maps import SpaceMap, _column
 
-Kind = Literal["weight", "first_moment", "second_moment"]
+Kind = Literal["weight", "first_moment", "second_moment", "update"]
 Side = Literal["write", "read"]
 
 
@@ -108,6 +108,17 @@ class TensorGrowth:
             unsourced = unsourced.to(tensor.device)
             grown = torch.where(unsourced, grown[~unsourced].mean(), grown)
         return grown.to(tensor.dtype)
+
+    def update(self, tensor: Tensor) -> Tensor:
+        """An average of steps, grown as the weight that they moved; zero in layers that add nothing at first."""
+        work = tensor.to(_work_dtype(tensor))
+        grown = self._push(work, dual=False) * self.factor
+        return (torch.zeros_like(grown) if self.new_layer else grown).to(tensor.dtype)
+
+    def new_entries(self) -> Tensor:
+        """bool of the grown shape: all but the first copy of each old entry."""
+        mask = self._mask(lambda axis_map, role: ~axis_map.first_copies)
+        return torch.zeros(self.shape, dtype=torch.bool) if mask is None else mask.clone()
 
     def grow(self, tensor: Tensor, kind: Kind) -> Tensor:
         """The grown tensor of a kind. Raises `StateError` where the tensor does not have the layout's shape."""

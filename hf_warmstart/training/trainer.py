@@ -14,21 +14,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer
+from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_utils import has_length
 
 from .._compat import load_checkpoint_weights
+from ..checkpoints.parent_state import ParentState, read_parent_state
 from ..errors import StateError, WarmstartError
 from ..growth.config import GrowthConfig
-from ..growth.coordinates import Factors, coordinate_factors, coordinate_groups, parent_gradient_norm
+from ..growth.coordinates import (
+    Factors,
+    coordinate_factors,
+    coordinate_groups,
+    parent_gradient_norm,
+    transferred_groups,
+)
 from ..growth.plan import GrowthPlan, GrowthRecord, make_plan
-from ..growth.state import grow_optimizer_state
 from ..growth.twin import build
 from ..hub.card import render_card
 from ..hub.save import CARD_NAME
 from .arguments import WarmstartTrainingArguments
-from .checkpoint import ParentState, read_parent_state
+from .carry import load_grown_state
+from .data_position import ContinuedSampler, place_in_data, samples_seen
+from .grown_adamw import GROWN_NAME, GrownAdamW, set_aside_for_us
+from .schedules import place_schedule, ramp_schedule, starting_position
 
 STATE_NAME = "warmstart_state.json"
 LONG_DIAGNOSTIC = 1000
@@ -58,6 +70,8 @@ class WarmstartTrainer(Trainer):
     """
 
     optimizer: Any
+    optimizer_cls_and_kwargs: Any
+    train_dataset: Any
 
     def __init__(
         self,
@@ -69,8 +83,10 @@ class WarmstartTrainer(Trainer):
     ):
         self.warmstart_from = warmstart_from
         self.parent_state: ParentState | None = None
+        self._start: tuple[ParentState, GrowthPlan] | None = None
         self._schedule_start = 0
-        self._schedule_extra = 0
+        self._data_place: list[int] | None = None
+        self._stream_skip = 0
         self._factors: dict[str, Factors] | None = None
         if warmstart_from is not None and model is not None:
             _last_record(model)
@@ -92,34 +108,30 @@ class WarmstartTrainer(Trainer):
 
     # -- the warm start -------------------------------------------------------------------------------------------
 
-    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        grown_state = None
+    def _inner_training_loop(
+        self, batch_size=None, args=None, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None
+    ):
+        # The parent is read before anything is made: a fault in its checkpoint costs nothing.
+        self._start = None
         if resume_from_checkpoint is not None:
             self._read_own_state(resume_from_checkpoint)
-        elif self.warmstart_from is not None and self.parent_state is None:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise WarmstartError(
-                    "A parent's state cannot be carried into sharded optimizers yet. Train on one device or under DDP, or "
-                    "leave warmstart_from out."
-                )
-            grown_state = self._read_parent(self.warmstart_from, max_steps)
-        self._warn_of_locked_copies()
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if grown_state is not None:
-            self._load_grown_state(grown_state)
-        if self._schedule_start and resume_from_checkpoint is None:
-            self._place_schedule(self._schedule_start)
-        return prepared
+        elif self.warmstart_from is not None and not self._has_optimizer_state():
+            self._start = self._read_parent(self.warmstart_from)
+            self.parent_state = self._start[0]
+        return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval)
 
-    def _read_parent(self, folder: str | os.PathLike, max_steps: int) -> dict[str, Any] | None:
-        """Read and check the parent's checkpoint; the grown optimizer state, or None under `reset`."""
-        carry, policy = self._option("state_policy") == "carry", self._option("schedule_policy")
+    def _has_optimizer_state(self) -> bool:
+        """Whether an optimizer has stepped or was loaded: a second `train()` goes on with it."""
+        return bool(getattr(getattr(self.optimizer, "optimizer", self.optimizer), "state", None))
+
+    def _read_parent(self, folder: str | os.PathLike) -> tuple[ParentState, GrowthPlan]:
+        """Read and check the parent's checkpoint; its state, and the growth from its own config."""
         state = read_parent_state(
             folder,
             self._parent_on_meta,
             self.get_decay_parameter_names,
-            optimizer=carry,
-            scheduler=policy == "continue",
+            optimizer=self._option("state_policy") != "reset",
+            scheduler=self._option("schedule_policy") == "continue",
         )
         plan = self._plan(state.config)
         recorded = _last_record(self.model).changes
@@ -128,54 +140,39 @@ class WarmstartTrainer(Trainer):
                 f"The checkpoint {Path(folder).name} is not of this model's parent: growing its config "
                 f"changes {plan.changes}, the model's record says {recorded}. Pass the checkpoint that was grown."
             )
-        grown = grow_optimizer_state(state.optimizer, plan)["state"] if state.optimizer is not None else None
-        self.parent_state = state
-        if policy == "continue":
-            self._schedule_start = self._schedule_extra = state.scheduler_step or 0
-        elif policy == "rewind":
-            # The end of the warm-up, which as a share of the steps depends on how many it adds.
-            warmup = 0
-            while (longer := self.args.get_warmup_steps(max_steps + warmup)) > warmup:
-                warmup = longer
-            self._schedule_start = self._schedule_extra = warmup
-        return grown
+        if self._option("data_policy") == "continue":
+            if has_length(self.train_dataset):
+                self._data_place = list(place_in_data(state.trainer, len(self.train_dataset)))
+            else:
+                self._stream_skip = samples_seen(
+                    state.trainer, self.args.gradient_accumulation_steps, self.args.world_size
+                )
+        return state, plan
 
-    def _parent_on_meta(self, config: PreTrainedConfig) -> nn.Module:
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        self._warn_of_locked_copies()
+        if self._start is not None:
+            policy = self._option("schedule_policy")
+            self._schedule_start = starting_position(policy, self.args, max_steps, self._start[0])
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self._start is not None:
+            state, plan = self._start
+            if state.optimizer is not None:
+                load_grown_state(
+                    self.optimizer, state.optimizer["state"], plan, state_policy=self._option("state_policy")
+                )
+            if self._schedule_start or self._ramp_steps:
+                place_schedule(self.lr_scheduler, self._schedule_start, self.args.lr_scheduler_type)
+        return prepared
+
+    def _parent_on_meta(self, config: PreTrainedConfig | None) -> nn.Module:
         """The parent without weights, its parameters frozen where those of the child are."""
-        parent = build(type(self.model), config, "meta")
         plan = self._plan(config)
+        parent = build(type(self.model), plan.source_config, "meta")
         trainable = {plan.source_name(name) for name, p in self.model.named_parameters() if p.requires_grad}
         for name, parameter in parent.named_parameters():
             parameter.requires_grad_(name in trainable)
         return parent
-
-    def _load_grown_state(self, grown: dict[str, Any]) -> None:
-        """Put a state keyed by name into the optimizer."""
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
-            raise StateError(
-                f"The parent's state holds Adam's moments, which {type(optimizer).__name__} cannot use. Pass "
-                "optim='adamw_torch' (or its fused form), or state_policy='reset'."
-            )
-        whole = self.optimizer.state_dict()
-        for group in whole["param_groups"]:
-            for number, name in zip(group["params"], group["param_names"], strict=True):
-                if name in grown:
-                    whole["state"][number] = grown[name]
-        self.optimizer.load_state_dict(whole)
-
-    def _place_schedule(self, position: int) -> None:
-        """Move the schedule to a position, as if it had stepped there."""
-        scheduler = self.lr_scheduler
-        if not isinstance(scheduler, LambdaLR):
-            raise WarmstartError(
-                f"The schedule {self.args.lr_scheduler_type} has no position that could be continued. Pass "
-                "schedule_policy='rewarm', or a schedule that depends on the step alone."
-            )
-        rates = [base * rate(position) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-        scheduler.last_epoch, scheduler._step_count, scheduler._last_lr = position, position + 1, rates
-        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
 
     def _warn_of_locked_copies(self) -> None:
         records = GrowthRecord.all_of(self.model.config)
@@ -190,13 +187,20 @@ class WarmstartTrainer(Trainer):
     # -- hooks of Trainer -----------------------------------------------------------------------------------------
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """The stock optimizer with its parameters' names; in the parent's coordinates where that is asked for."""
+        """The stock optimizer with its parameters' names; `GrownAdamW` or other groups where the arguments ask for them."""
         given = self.optimizer is not None
+        target = model if model is not None else self.model
+        if not given and self._option("state_policy") == "asymmetric_reset" and self.optimizer_cls_and_kwargs is None:
+            self.optimizer_cls_and_kwargs = self._grown_adamw(target)
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        names = {id(p): name for name, p in (model if model is not None else self.model).named_parameters()}
-        if self._option("parent_coordinates") and self._factors is None:
-            if given:
-                raise WarmstartError("parent_coordinates makes its own parameter groups; pass no optimizer beside it.")
+        names = {id(p): name for name, p in target.named_parameters()}
+        coordinates, transfer = self._option("parent_coordinates"), self._option("learning_rate_transfer")
+        if given and (transfer or coordinates and self._factors is None):
+            raise WarmstartError(
+                "parent_coordinates and learning_rate_transfer make their own parameter groups; pass no optimizer beside them."
+            )
+        # A new optimizer has no state yet, so its groups can simply be others.
+        if coordinates and self._factors is None:
             if self.args.max_steps > LONG_DIAGNOSTIC:
                 warnings.warn(
                     f"parent_coordinates is a diagnostic: for {self.args.max_steps} steps this model costs its own "
@@ -204,15 +208,77 @@ class WarmstartTrainer(Trainer):
                     stacklevel=2,
                 )
             self._factors = coordinate_factors(self._plan())
-            # The optimizer has no state yet, so its groups can simply be others.
-            optimizer.param_groups[:] = coordinate_groups(optimizer.param_groups, names, self._factors)
+            optimizer.param_groups[:] = coordinate_groups(optimizer, names, self._factors)
+        elif transfer:
+            optimizer.param_groups[:] = transferred_groups(optimizer, names, self._plan())
         for group in optimizer.param_groups:
             group["param_names"] = [names[id(parameter)] for parameter in group["params"]]
         self.optimizer = optimizer
         return optimizer
 
+    def _grown_adamw(self, model: nn.Module) -> tuple[type[GrownAdamW], dict[str, Any]]:
+        """`GrownAdamW` in the place of the AdamW that the arguments name."""
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+        if kind is not torch.optim.AdamW:
+            raise WarmstartError(
+                f"state_policy='asymmetric_reset' is made for AdamW; optim={str(self.args.optim)!r} is none. Pass "
+                "optim='adamw_torch' or another state_policy."
+            )
+        return GrownAdamW, {
+            **options,
+            "new_lr_peak": self._option("new_lr_peak"),
+            "new_lr_steps": self._option("new_lr_steps"),
+        }
+
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        return super().create_scheduler(num_training_steps + self._schedule_extra, optimizer)
+        made = self.lr_scheduler is None
+        fraction = self._option("decay_fraction")
+        if fraction is not None and made:
+            self.args.lr_scheduler_kwargs = {
+                **(self.args.lr_scheduler_kwargs or {}),
+                "num_decay_steps": max(1, round(fraction * num_training_steps)),
+            }
+        scheduler = super().create_scheduler(num_training_steps + self._schedule_start, optimizer)
+        if self._ramp_steps and made:
+            ramp_schedule(scheduler, self._schedule_start, self._ramp_steps)
+        return scheduler
+
+    @property
+    def _ramp_steps(self) -> int:
+        return self._option("schedule_ramp_steps")
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        if self._data_place is None or sampler is None:
+            return sampler
+        return ContinuedSampler(self._repeatable(sampler), *self._data_place)
+
+    def _repeatable(self, sampler: Sampler) -> Sampler:
+        """A sampler whose pass k has the order that it had in a run with this seed."""
+        if isinstance(sampler, SequentialSampler):
+            return sampler
+        if type(sampler) is RandomSampler and self.args.accelerator_config.use_seedable_sampler:
+            seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+            return SeedableRandomSampler(sampler.data_source, generator=torch.Generator(), data_seed=seed)
+        raise WarmstartError(
+            f"data_policy='continue' cannot find the parent's place in the order of {type(sampler).__name__}. Pass "
+            "train_sampling_strategy='random' or 'sequential', with accelerate's seedable sampler, or data_policy='restart'."
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        if not self._stream_skip or self.train_dataset is None:
+            return super().get_train_dataloader()
+        whole = self.train_dataset
+        if not hasattr(whole, "skip"):
+            raise WarmstartError(
+                f"data_policy='continue' skips {self._stream_skip} examples, and {type(whole).__name__} has no skip(). Pass a "
+                "datasets.IterableDataset, or skip them yourself and pass data_policy='restart'."
+            )
+        try:
+            self.train_dataset = whole.skip(self._stream_skip)
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = whole
 
     def _clip_grad_norm(self, model):
         if self._factors is None:
@@ -227,14 +293,39 @@ class WarmstartTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            own = {"schedule_extra": self._schedule_extra, "schedule_policy": self._option("schedule_policy")}
-            Path(output_dir, STATE_NAME).write_text(json.dumps(own) + "\n")
+        if not self.args.should_save:
+            return
+        own = {
+            "schedule_start": self._schedule_start,
+            "schedule_policy": self._option("schedule_policy"),
+            "data_place": self._data_place,
+            "stream_skip": self._stream_skip,
+        }
+        Path(output_dir, STATE_NAME).write_text(json.dumps(own) + "\n")
+        if self._keeps_ages():
+            set_aside_for_us(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not Path(checkpoint, GROWN_NAME).is_file():
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        if not self._keeps_ages():
+            raise StateError(
+                f"{Path(checkpoint).name} was written under state_policy='asymmetric_reset'. Pass the same to resume it."
+            )
+        self.optimizer.load_state_dict(torch.load(Path(checkpoint, GROWN_NAME), map_location="cpu", weights_only=True))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+
+    def _keeps_ages(self) -> bool:
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        return isinstance(inner, GrownAdamW) and not self.is_fsdp_enabled
 
     def _read_own_state(self, checkpoint: str) -> None:
+        """What a checkpoint of this trainer says of its start."""
         path = Path(checkpoint, STATE_NAME)
-        if path.is_file():
-            self._schedule_extra = int(json.loads(path.read_text())["schedule_extra"])
+        own = json.loads(path.read_text()) if path.is_file() else {}
+        self._schedule_start = int(own.get("schedule_start", 0))
+        self._data_place, self._stream_skip = own.get("data_place"), int(own.get("stream_skip") or 0)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the card of the growth, with the last evaluation; the stock card for a model that was not grown."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
+
 import pytest
 import torch
 from torch import nn
+from transformers.optimization import Adafactor
 
 from hf_warmstart import WarmstartError, grow_optimizer_state, plan_growth
 from hf_warmstart.growth.coordinates import coordinate_factors, coordinate_groups, parent_gradient_norm
@@ -15,14 +19,57 @@ from hf_warmstart.growth.twin import build, randomise
 from ..models import some_tokens, tiny_config
 from ..models import tiny_model as make
 
-LEARNING_RATE, EPSILON, DECAY, MAX_NORM = 3e-3, 1e-8, 0.1, 0.5
+LEARNING_RATE, DECAY, MAX_NORM = 3e-3, 0.1, 0.5
+
+
+class Lion(torch.optim.Optimizer):
+    """The optimizer of arXiv 2302.06675, whose published packages all keep `exp_avg`."""
+
+    def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            first, second = group["betas"]
+            for p in group["params"]:
+                average = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(group["lr"] * torch.sign(average.lerp(p.grad, 1 - first)))
+                average.lerp_(p.grad, 1 - second)
+
+
+OPTIMIZERS = {
+    "adamw": lambda groups: [torch.optim.AdamW(groups, lr=LEARNING_RATE)],
+    "adamw fused": lambda groups: [torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True)],
+    "amsgrad": lambda groups: [torch.optim.AdamW(groups, lr=LEARNING_RATE, amsgrad=True)],
+    "adam, coupled decay": lambda groups: [torch.optim.Adam(groups, lr=LEARNING_RATE, eps=1e-4)],
+    "sgd": lambda groups: [torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)],
+    "lion": lambda groups: [Lion(groups, lr=3e-4)],
+    "adafactor, relative": lambda groups: [Adafactor(groups, lr=1e-2, relative_step=False, beta1=0.9)],
+    "adafactor, its own rate": lambda groups: [Adafactor(groups)],
+    "adafactor, absolute": lambda groups: [
+        Adafactor(groups, lr=1e-3, relative_step=False, scale_parameter=False, beta1=0.9)
+    ],
+    "torch adafactor": lambda groups: [torch.optim.Adafactor(groups, lr=1e-2)],
+    "muon": lambda groups: _muon_and_adamw(groups, None),
+    "muon, rms": lambda groups: _muon_and_adamw(groups, "match_rms_adamw"),
+}
+
+
+def _muon_and_adamw(groups, adjust: str | None) -> list[torch.optim.Optimizer]:
+    """Muon for the decayed matrices, AdamW for the rest."""
+    rate = 3e-3 if adjust else 1e-2
+    return [
+        torch.optim.Muon([groups[0]], lr=rate, adjust_lr_fn=adjust),
+        torch.optim.AdamW([groups[1]], lr=LEARNING_RATE),
+    ]
 
 
 def _groups(model: nn.Module) -> list[dict]:
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim == 1]
-    common = {"lr": LEARNING_RATE, "eps": EPSILON}
-    return [{"params": decayed, "weight_decay": DECAY, **common}, {"params": others, "weight_decay": 0.0, **common}]
+    return [{"params": decayed, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
 
 
 def _names(model: nn.Module) -> dict[int, str]:
@@ -35,8 +82,8 @@ def _loss(model: nn.Module, step: int) -> torch.Tensor:
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
-def _step(model, optimizer, step: int, factors=None) -> tuple[float, float]:
-    optimizer.zero_grad()
+def _step(model, optimizers, step: int, factors=None) -> tuple[float, float]:
+    model.zero_grad()
     loss = _loss(model, step)
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
@@ -46,15 +93,12 @@ def _step(model, optimizer, step: int, factors=None) -> tuple[float, float]:
         norm = parent_gradient_norm(gradients, factors)
     for gradient in gradients.values():
         gradient.mul_(torch.clamp(MAX_NORM / (norm + 1e-6), max=1.0))
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     return float(loss.detach()), float(norm)
 
 
-def _state_by_name(optimizer, names) -> dict:
-    return {names[id(p)]: dict(entry) for p, entry in optimizer.state.items()}
-
-
-def follow(family: str, carry: bool, steps: int, **changes) -> tuple[float, float]:
+def follow(family: str, carry: bool, steps: int, optimizer: str = "adamw", **changes) -> tuple[float, float]:
     """Largest loss difference of parent and child over `steps` steps, and the largest gradient norm before clipping."""
     config = tiny_config(family, **changes)
     config.dtype, config._attn_implementation = torch.float64, "eager"
@@ -62,29 +106,36 @@ def follow(family: str, carry: bool, steps: int, **changes) -> tuple[float, floa
     with true_float64():
         parent = build(plan.model_class, config)
         randomise(parent, 3, scale=0.1)
-        optimizer = torch.optim.AdamW(_groups(parent))
+        optimizers = OPTIMIZERS[optimizer](_groups(parent))
         for step in range(20):
-            _step(parent, optimizer, step)
+            _step(parent, optimizers, step)
         child = apply_plan(parent, plan)
         factors = coordinate_factors(plan)
-        grown = torch.optim.AdamW(coordinate_groups(_groups(child), _names(child), factors))
+        grown = OPTIMIZERS[optimizer](_groups(child))
+        for each in grown:
+            each.param_groups[:] = coordinate_groups(each, _names(child), factors)
         if carry:
-            state = grow_optimizer_state(_state_by_name(optimizer, _names(parent)), plan)
-            for name, parameter in child.named_parameters():
-                grown.state[parameter] = state[name]
+            names = _names(parent)
+            state = {names[id(p)]: dict(entry) for each in optimizers for p, entry in each.state.items()}
+            carried = grow_optimizer_state(state, plan)
+            for each in grown:
+                for group in each.param_groups:
+                    for parameter in group["params"]:
+                        each.state[parameter] = carried[_names(child)[id(parameter)]]
         worst, largest_norm = 0.0, 0.0
         for step in range(20, 20 + steps):
             (loss, norm), (child_loss, child_norm) = (
-                _step(parent, optimizer, step),
+                _step(parent, optimizers, step),
                 _step(child, grown, step, factors),
             )
             worst, largest_norm = max(worst, abs(loss - child_loss)), max(largest_norm, norm)
-            if carry:
+            if carry and "muon" not in optimizer:
                 assert child_norm == pytest.approx(norm, rel=1e-9)
     return worst, largest_norm
 
 
 CASES = [("llama", {"tie_word_embeddings": False}), ("llama", {"tie_word_embeddings": True}), ("gpt2", {})]
+EXACT = [name for name in OPTIMIZERS if "muon" not in name]
 
 
 @pytest.mark.parametrize(("family", "changes"), CASES, ids=["llama", "llama-tied", "gpt2"])
@@ -94,10 +145,42 @@ def test_100_adamw_steps_of_an_exact_copy_equal_its_parents_in_true_float64(fami
     assert largest_norm > MAX_NORM, "clipping must be active for this test to say anything about it"
 
 
+@pytest.mark.parametrize("optimizer", [name for name in EXACT if name != "adamw"])
+def test_100_steps_of_every_optimizer_with_an_exact_rule_equal_the_parents(optimizer):
+    worst, largest_norm = follow("llama", carry=True, steps=100, optimizer=optimizer)
+    assert worst < 1e-9
+    assert largest_norm > MAX_NORM
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "muon, rms"])
+def test_muon_follows_to_the_rounding_of_its_bfloat16_iteration_and_only_with_its_state(optimizer):
+    """Its Newton-Schulz iteration runs in bfloat16, so it is not called exact."""
+    worst, _ = follow("llama", carry=True, steps=20, optimizer=optimizer)
+    without, _ = follow("llama", carry=False, steps=20, optimizer=optimizer)
+    assert worst < 0.1 * without
+
+
+def test_muon_without_its_rounding_is_exact(monkeypatch):
+    """With the same iteration in float64 the child follows: what parts them is the rounding alone."""
+    module = sys.modules["torch.optim._muon"]
+    source = inspect.getsource(module._zeropower_via_newtonschulz).replace(".bfloat16()", ".double()")
+    exec(source, scope := dict(vars(module)))
+    monkeypatch.setattr(module, "_zeropower_via_newtonschulz", scope["_zeropower_via_newtonschulz"])
+    for optimizer in ("muon", "muon, rms"):
+        worst, _ = follow("llama", carry=True, steps=100, optimizer=optimizer)
+        assert worst < 1e-9
+
+
 @pytest.mark.parametrize(("family", "changes"), CASES, ids=["llama", "llama-tied", "gpt2"])
 def test_without_the_carried_state_the_runs_part(family, changes):
     worst, _ = follow(family, carry=False, steps=10, **changes)
     assert worst > 1e-4
+
+
+@pytest.mark.parametrize("optimizer", [name for name in EXACT if name != "adamw"])
+def test_without_its_state_no_optimizer_follows(optimizer):
+    worst, _ = follow("llama", carry=False, steps=10, optimizer=optimizer)
+    assert worst > 1e-6
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,237 @@
+"""The training state in a parent's checkpoint, whoever wrote it: by name, every shape checked, nothing executed.
+
+| written by | optimizer | names |
+|---|---|---|
+| `Trainer`, `WarmstartTrainer`, DDP | `optimizer.pt` | in the file (ours), else rebuilt from the parent |
+| `Accelerator.save_state` | `optimizer.bin` | rebuilt from the parent |
+| FSDP, full state | `optimizer.bin` | in the file |
+| FSDP2, sharded (DCP) | `optimizer_0/` | in the file, each entry read when it is asked for |
+| FSDP, one file per rank; DeepSpeed ZeRO | | refused, with the conversion to use |
+
+An optimizer without names numbers its parameters; their order is that of its groups. Known are `Trainer`'s groups (decayed
+parameters, then all others), one group of all, and the `no_decay` groups of transformers' own accelerate examples, each in
+the order of `named_parameters`. The one whose counts and shapes fit is taken.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME, TRAINER_STATE_NAME
+
+from ..errors import StateError
+from ..growth.layout import collect
+from ..growth.state import check_entry
+from .sharded import ShardedFolder, is_sharded
+
+SHARDED_OPTIMIZER = "optimizer_0"
+SCHEDULER_NAMES = (SCHEDULER_NAME, "scheduler.bin")
+NO_DECAY = ("bias", "LayerNorm.weight", "layer_norm.weight")
+
+
+@dataclass(frozen=True)
+class ParentState:
+    """The training state in a parent's checkpoint.
+
+    Args:
+        config: the parent's config; None where the folder has none (`Accelerator.save_state` writes none).
+        step: how many optimizer steps it took.
+        optimizer: `{"state": {name: ...}, "param_groups": [...]}` keyed by the parent's parameter names; None if not read.
+            The inner mapping may read each entry from disk when it is asked for.
+        scheduler_step: the position of its learning rate schedule; None if there is no scheduler file.
+        trainer: what `trainer_state.json` holds; empty without one.
+    """
+
+    config: PreTrainedConfig | None
+    step: int
+    optimizer: dict[str, Any] | None
+    scheduler_step: int | None
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def eval_loss(self) -> float | None:
+        """The last evaluation loss that a trainer logged."""
+        rows = [row["eval_loss"] for row in self.trainer.get("log_history", []) if "eval_loss" in row]
+        return float(rows[-1]) if rows else None
+
+
+def read_parent_state(
+    folder: str | os.PathLike,
+    build_parent: Callable[[PreTrainedConfig | None], nn.Module],
+    decay_names: Callable[[nn.Module], list[str]],
+    *,
+    optimizer: bool = True,
+    scheduler: bool = True,
+) -> ParentState:
+    """Read the training state of a checkpoint; the module says of which.
+
+    Args:
+        folder: `.../checkpoint-500`, or what `Accelerator.save_state` wrote.
+        build_parent: makes the parent on the meta device from the config in the folder, or from None where it has none.
+        decay_names: the trainer's rule for the parameters that are decayed.
+        optimizer, scheduler: which parts are needed.
+
+    Raises:
+        StateError: files are missing, of a kind that cannot be carried, or do not belong to the parent's class and config.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise StateError(
+            f"warmstart_from={str(folder)!r} is no folder. Pass the parent's checkpoint, such as runs/base/checkpoint-500."
+        )
+    if optimizer:
+        _refuse_what_cannot_be_read(folder)
+    by_trainer = (folder / TRAINER_STATE_NAME).is_file()
+    by_accelerate = not by_trainer and any(folder.glob("random_states_*.pkl"))
+    file = _first_file(folder, (OPTIMIZER_NAME, OPTIMIZER_NAME_BIN))
+    sharded = is_sharded(folder / SHARDED_OPTIMIZER)
+    scheduler_file = _first_file(folder, SCHEDULER_NAMES)
+    missing = [] if by_trainer or by_accelerate else [TRAINER_STATE_NAME]
+    if not by_accelerate and not (folder / "config.json").is_file():
+        missing.append("config.json")
+    if optimizer and file is None and not sharded:
+        missing.append(f"{OPTIMIZER_NAME} (or pass state_policy='reset')")
+    if scheduler and scheduler_file is None:
+        missing.append(f"{SCHEDULER_NAME} (or pass schedule_policy='rewarm' or 'rewind')")
+    if missing:
+        raise StateError(f"The checkpoint {folder.name} lacks files:\n{collect(missing)}")
+    config = AutoConfig.from_pretrained(folder) if (folder / "config.json").is_file() else None
+    trainer = json.loads((folder / TRAINER_STATE_NAME).read_text()) if by_trainer else {}
+    named = None
+    if optimizer:
+        parent = build_parent(config)
+        saved = ShardedFolder(folder / SHARDED_OPTIMIZER).optimizer() if sharded else load_file(file)
+        named = name_optimizer_state(saved, parent, decay_names(parent))
+    position = None
+    if scheduler and scheduler_file is not None:
+        position = int(load_file(scheduler_file)["last_epoch"])
+    step = int(trainer["global_step"]) if by_trainer else _steps_taken(named, position)
+    if by_accelerate and position is not None:
+        # accelerate moves a schedule once for each process at every step.
+        processes = len(list(folder.glob("random_states_*.pkl")))
+        position = step if position == step * processes else position
+    return ParentState(config, step, named, position, trainer)
+
+
+def load_file(path: Path | None) -> dict[str, Any]:
+    """A file of tensors and numbers; the tensors stay on disk until they are used.
+
+    Raises:
+        StateError: it is damaged, or holds more than tensors and numbers.
+    """
+    if path is None:
+        raise StateError("There is no file to read.")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as fault:
+        raise StateError(f"{path.name} cannot be read as plain tensors and numbers: {fault}") from fault
+
+
+def _first_file(folder: Path, names: Sequence[str]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _refuse_what_cannot_be_read(folder: Path) -> None:
+    if (folder / "latest").is_file() or any(folder.glob("global_step*")):
+        raise StateError(
+            f"{folder.name} is a DeepSpeed checkpoint, whose state is cut into flat partitions. Convert it to a whole "
+            "state first (zero_to_fp32.py in the folder gives the weights), and pass state_policy='reset'."
+        )
+    if any(folder.glob("optimizer_*rank*.bin")):
+        raise StateError(
+            f"{folder.name} holds one optimizer file per rank, which only the same number of ranks can read. Save the parent "
+            "once more with accelerate's use_dcp=True, or pass state_policy='reset'."
+        )
+
+
+def _steps_taken(named: Mapping[str, Any] | None, position: int | None) -> int:
+    """The steps of a run that kept no count of its own: its optimizer's, else its schedule's."""
+    for entry in (named or {"state": {}})["state"].values():
+        if "step" in entry:
+            return int(entry["step"])
+    return position or 0
+
+
+def name_optimizer_state(saved: Mapping[str, Any], model: nn.Module, decay_names: list[str]) -> dict[str, Any]:
+    """Key an optimizer's state by parameter name instead of number.
+
+    Raises:
+        StateError: counts or shapes are not the model's.
+    """
+    groups = saved["param_groups"]
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if any(isinstance(name, str) for name in saved["state"]):
+        named = dict(saved)
+        _check_named(named, trainable, model)
+        return named
+    if all("param_names" in group for group in groups):
+        candidates = [[list(group["param_names"]) for group in groups]]
+    else:
+        candidates = _orders(list(trainable), decay_names)
+    counts = [len(group["params"]) for group in groups]
+    faults: list[str] = []
+    for names in candidates:
+        if [len(part) for part in names] == counts:
+            named = _named(saved, names)
+            try:
+                _check_named(named, trainable, model)
+            except StateError as fault:
+                faults.append(str(fault))
+            else:
+                return named
+    if faults:
+        raise StateError(faults[0])
+    raise StateError(
+        f"The optimizer file has groups of {counts} parameters, the parent {type(model).__name__} has "
+        f"{[len(part) for part in candidates[0]]} (decayed, not decayed). It belongs to another model, to one with frozen "
+        "parameters or to other groups; pass the right checkpoint, or state_policy='reset'."
+    )
+
+
+def _orders(names: list[str], decay_names: list[str]) -> list[list[list[str]]]:
+    """How an optimizer without names may have grouped its parameters."""
+    decayed = set(decay_names)
+    plain = [name for name in names if any(part in name for part in NO_DECAY)]
+    return [
+        [[n for n in names if n in decayed], [n for n in names if n not in decayed]],
+        [names],
+        [[n for n in names if n not in plain], plain],
+    ]
+
+
+def _named(saved: Mapping[str, Any], names: list[list[str]]) -> dict[str, Any]:
+    by_number = {
+        number: name
+        for group, part in zip(saved["param_groups"], names, strict=True)
+        for number, name in zip(group["params"], part, strict=True)
+    }
+    return {
+        "state": {by_number[number]: dict(entry) for number, entry in saved["state"].items()},
+        "param_groups": [
+            {**{k: v for k, v in group.items() if k != "param_names"}, "params": part}
+            for group, part in zip(saved["param_groups"], names, strict=True)
+        ],
+    }
+
+
+def _check_named(named: Mapping[str, Any], trainable: Mapping[str, nn.Parameter], model: nn.Module) -> None:
+    """Names are the model's; and shapes, where the entries lie in memory (others are checked when they are read)."""
+    names = {name for group in named["param_groups"] for name in group.get("params") or []} | set(named["state"])
+    wrong = [f"{name} is no trainable parameter of the parent" for name in sorted(names - set(trainable))]
+    if isinstance(named["state"], dict):
+        for name in sorted(set(named["state"]) & set(trainable)):
+            wrong += check_entry(name, named["state"][name], tuple(trainable[name].shape))
+    if wrong:
+        raise StateError(
+            f"The optimizer file does not belong to the parent {type(model).__name__}:\n{collect(wrong)}\n"
+            "Pass the checkpoint of the model that was grown, or state_policy='reset'."
+        )

@@ -1,0 +1,175 @@
+"""Folders of `torch.distributed.checkpoint` (DCP), read tensor by tensor and without executing anything.
+
+DCP keeps an index, `.metadata`, and one file per rank. torch reads the index, and small objects such as learning rates,
+by plain unpickling; here only DCP's own record classes may come out of the index, and objects load with
+`weights_only=True`. A tensor is assembled from its shards when it is asked for, so that whoever reads a checkpoint of any
+number of ranks holds one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+from ..errors import StateError
+
+INDEX = ".metadata"
+# What DCP's index consists of, beside builtin containers.
+_RECORDS = {
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "PurePosixPath"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.planner", "WriteItemType"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
+}
+_METADATA = "torch.distributed.checkpoint.metadata"
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Reads DCP's index; anything but its own records is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if (module, name) in _RECORDS or module == _METADATA or is_dtype:
+            return super().find_class(module, name)
+        raise StateError(
+            f"The index {INDEX} of a sharded checkpoint asks for {module}.{name}, which no such index needs. Do not trust it."
+        )
+
+
+class _SafeReader(dcp.FileSystemReader):
+    """A reader that unpickles its index under restraint, once."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        try:
+            with open(folder / INDEX, "rb") as file:
+                self.index: Metadata = _IndexUnpickler(file).load()
+        except (OSError, pickle.UnpicklingError, EOFError, AttributeError) as fault:
+            raise StateError(f"{folder.name} is no readable sharded checkpoint: {fault}") from fault
+        if getattr(self.index, "storage_meta", None) is None:
+            self.index.storage_meta = StorageMeta()
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self.index
+
+
+class _SafePlanner(DefaultLoadPlanner):
+    """Loads objects with `weights_only=True`."""
+
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+
+
+class ShardedFolder:
+    """One DCP folder.
+
+    Args:
+        folder: holds `.metadata`.
+
+    Raises:
+        StateError: there is no readable index.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self._reader = _SafeReader(Path(folder))
+        self.index = self._reader.index
+        paths = self.index.planner_data or {}
+        self.keys = {key: _flat(paths.get(key, (key,))) for key in self.index.state_dict_metadata}
+
+    def read(self, key: str) -> Any:
+        """One tensor, whole, or one object."""
+        record = self.index.state_dict_metadata[key]
+        whole = isinstance(record, TensorStorageMetadata)
+        state = {key: torch.empty(record.size, dtype=record.properties.dtype) if whole else None}
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message="torch.distributed is disabled"
+            )  # which is what no_dist asks for
+            dcp.load(state, storage_reader=self._reader, planner=_SafePlanner(False, False), no_dist=True)
+        return state[key]
+
+    def weights(self) -> Weights:
+        """The tensors saved under `model`, by parameter name."""
+        return Weights(
+            self, {path[len("model.") :]: key for key, path in self.keys.items() if path.startswith("model.")}
+        )
+
+    def optimizer(self) -> dict[str, Any]:
+        """`{"state": {name: {...}}, "param_groups": [...]}`, the state read when it is asked for.
+
+        Raises:
+            StateError: the folder holds no optimizer.
+        """
+        entries: dict[str, dict[str, str]] = {}
+        groups: dict[int, dict[str, Any]] = {}
+        for key, path in self.keys.items():
+            rest = path.removeprefix("optimizer.")
+            if rest.startswith("state."):
+                name, _, piece = rest.removeprefix("state.").rpartition(".")
+                entries.setdefault(name, {})[piece] = key
+            elif rest.startswith("param_groups."):
+                number, _, option = rest.removeprefix("param_groups.").partition(".")
+                value = self.read(key)
+                group = groups.setdefault(int(number), {})
+                if option.startswith("params."):
+                    group.setdefault("params", []).append(value)
+                else:
+                    group[option] = value
+        if not entries:
+            raise StateError("The sharded checkpoint holds no optimizer state.")
+        return {"state": Entries(self, entries), "param_groups": [groups[number] for number in sorted(groups)]}
+
+
+class Weights(Mapping[str, torch.Tensor]):
+    """Tensors of a sharded folder by name, each read when it is asked for."""
+
+    def __init__(self, folder: ShardedFolder, keys: Mapping[str, str]):
+        self._folder, self._keys = folder, keys
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._folder.read(self._keys[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+class Entries(Mapping[str, dict[str, Any]]):
+    """Optimizer entries of a sharded folder by parameter name, each read when it is asked for."""
+
+    def __init__(self, folder: ShardedFolder, keys: Mapping[str, Mapping[str, str]]):
+        self._folder, self._keys = folder, keys
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        return {piece: self._folder.read(key) for piece, key in self._keys[name].items()}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+def is_sharded(folder: Path) -> bool:
+    """Whether a folder is one of DCP's."""
+    return (folder / INDEX).is_file()
+
+
+def _flat(path: Any) -> str:
+    return ".".join(str(part) for part in path)

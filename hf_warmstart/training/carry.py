@@ -1,0 +1,88 @@
+"""Putting a grown optimizer state into an optimizer, parameter by parameter, whole or sharded.
+
+Each parameter's entry is read from the parent's checkpoint, grown, and cut to what this process keeps before the next is
+read. Of the state of a sharded optimizer a rank so holds its own share and one tensor. Nothing is sent between ranks:
+each reads what it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ..errors import StateError
+from ..growth.optimizers import rule_for_entry, rule_for_optimizer
+from ..growth.plan import GrowthPlan
+from ..growth.state import check_entry, grow_entry
+
+
+def load_grown_state(
+    optimizer: Any, entries: Mapping[str, Mapping[str, Any]], plan: GrowthPlan, *, state_policy: str = "carry"
+) -> None:
+    """Load the parent's optimizer state, grown, into the optimizer of the grown model.
+
+    Args:
+        optimizer: of the child; its groups hold the parameters' names as `param_names`. Parameters may be DTensors.
+        entries: the parent's state by the parent's names; entries are read one at a time.
+        plan: the growth. state_policy: as for `grow_optimizer_state`.
+
+    Raises:
+        StateError: an entry is not of the parent, or of another kind than this optimizer keeps.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    rule = rule_for_optimizer(inner)
+    whole = optimizer.state_dict()
+    for group, live in zip(whole["param_groups"], inner.param_groups, strict=True):
+        for number, name, parameter in zip(group["params"], group["param_names"], live["params"], strict=True):
+            source = plan.source_name(name)
+            if source not in entries:
+                continue
+            entry = entries[source]
+            if wrong := check_entry(source, entry, tuple(plan.shapes[source])):
+                raise StateError("; ".join(wrong))
+            if rule_for_entry(entry) is not rule:
+                kept = rule_for_entry(entry)
+                raise StateError(
+                    f"The parent's state is of {kept.name if kept else 'no known optimizer'}, which {type(inner).__name__} "
+                    "cannot use. Pass the parent's optimizer as optim (or optimizer_cls_and_kwargs), or "
+                    "state_policy='reset'."
+                )
+            grown = grow_entry(plan, name, entry, state_policy)
+            whole["state"][number] = {key: place_like(value, parameter) for key, value in grown.items()}
+    optimizer.load_state_dict(whole)
+
+
+def place_like(value: Any, parameter: Tensor) -> Any:
+    """A tensor of a parameter's shape, cut and placed as the parameter is; everything else as it is."""
+    if not isinstance(value, Tensor) or value.ndim == 0 or not isinstance(parameter, DTensor):
+        return value
+    if value.shape != parameter.shape:
+        raise StateError(
+            f"A state of shape {tuple(value.shape)} cannot be sharded as its parameter {tuple(parameter.shape)} is: factored "
+            "moments exist only in whole. Train without sharding, or pass state_policy='reset'."
+        )
+    local = value.to(parameter.device)
+    return distribute_tensor(local, parameter.device_mesh, parameter.placements, src_data_rank=None).detach()
+
+
+@torch.no_grad()
+def load_grown_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], plan: GrowthPlan) -> None:
+    """Fill a model of the child's config, whole or sharded, from the parent's weights, tensor by tensor.
+
+    Args:
+        model: of `plan.target_config`; its parameters may be DTensors. weights: the parent's, by name.
+
+    Raises:
+        StateError: weights are missing.
+    """
+    targets = model.state_dict(keep_vars=True)
+    missing = sorted({plan.source_name(name) for name in plan.names} - set(weights))
+    if missing:
+        raise StateError(f"The parent's weights lack {len(missing)} tensors: {missing[:5]}.")
+    for name in plan.names:
+        grown = plan.tensor(name).grow(weights[plan.source_name(name)], "weight")
+        targets[name].copy_(place_like(grown, targets[name]))

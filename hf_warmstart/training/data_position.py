@@ -1,0 +1,83 @@
+"""Continuing the data where the parent stopped: its passes over the data, from its place in them, in its order.
+
+A run that was seeded as its parent was would draw the parent's first batches once more. `ContinuedSampler` starts inside
+the pass that the parent was in. Its k-th pass is what remains of the parent's pass e + k, followed by the beginning of
+pass e + k + 1, so that each has the data's full length, as `Trainer`'s count of steps and its skipping on resume expect.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from itertools import chain, islice
+from typing import Any
+
+from torch.utils.data import Sampler
+
+from ..errors import StateError
+
+DATA_POLICIES = ("restart", "continue")
+
+
+class ContinuedSampler(Sampler[int]):
+    """Another sampler's passes, from a place inside one of them.
+
+    Args:
+        base: gives the order of pass k after `set_epoch(k)`, or the same order in every pass.
+        passes: whole passes that the parent made. offset: examples that it took of the next.
+    """
+
+    def __init__(self, base: Sampler[int], passes: int, offset: int):
+        self.base, self.passes, self.offset = base, passes, offset
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the pass: `Trainer` counts from 0."""
+        self.epoch = epoch
+
+    def _order(self, number: int) -> Iterator[int]:
+        if hasattr(self.base, "set_epoch"):
+            self.base.set_epoch(number)
+        return iter(list(self.base))
+
+    def __iter__(self) -> Iterator[int]:
+        number = self.passes + self.epoch
+        rest = islice(self._order(number), self.offset, None)
+        yield from chain(list(rest), islice(self._order(number + 1), self.offset))
+
+    def __len__(self) -> int:
+        return len(self.base)  # type: ignore[arg-type]
+
+
+def place_in_data(trainer_state: Mapping[str, Any], examples: int) -> tuple[int, int]:
+    """Whole passes and examples of the next that a run took, by its `trainer_state.json`.
+
+    Args:
+        trainer_state: with `epoch`, passes as a fraction, and `train_batch_size`, examples per device and step.
+        examples: length of its training data.
+
+    Raises:
+        StateError: the state says neither.
+    """
+    if trainer_state.get("epoch") is None:
+        raise StateError(
+            "data_policy='continue' needs the parent's place in its data, and its checkpoint's trainer_state.json has no "
+            "epoch. Pass data_policy='restart'."
+        )
+    passes = math.floor(trainer_state["epoch"] + 1e-9)
+    return passes, min(examples, round((trainer_state["epoch"] - passes) * examples))
+
+
+def samples_seen(trainer_state: Mapping[str, Any], accumulation: int, processes: int) -> int:
+    """Examples of a stream that a run took, if it accumulated gradients and was distributed as this one is.
+
+    Raises:
+        StateError: the state has no batch size.
+    """
+    batch = trainer_state.get("train_batch_size")
+    if not batch:
+        raise StateError(
+            "data_policy='continue' on a stream needs the parent's batch size, and its checkpoint's trainer_state.json has "
+            "none. Skip what it saw yourself (dataset.skip) and pass data_policy='restart'."
+        )
+    return int(trainer_state["global_step"]) * int(batch) * accumulation * processes
