@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .checkpoints.grow_checkpoint import grow_checkpoint
     from .errors import WarmstartError
     from .growth.certify import Certificate, certify
     from .growth.config import GrowthConfig
@@ -29,6 +30,7 @@ _HOMES = {
     "WarmstartTrainingArguments": ".training",
     "certify": ".growth.certify",
     "grow": ".growth.grow",
+    "grow_checkpoint": ".checkpoints.grow_checkpoint",
     "grow_optimizer_state": ".growth.state",
     "plan_growth": ".growth.grow",
     "push_to_hub": ".hub",
@@ -46,6 +48,7 @@ __all__ = [
     "__version__",
     "certify",
     "grow",
+    "grow_checkpoint",
     "grow_optimizer_state",
     "plan_growth",
     "push_to_hub",

@@ -1,0 +1,279 @@
+"""`grow_checkpoint`: a checkpoint in, a grown one out, weights and training state in the form that they came in.
+
+| source | weights | optimizer |
+|---|---|---|
+| a model's folder, a Hub id | safetensors | |
+| `Trainer`, `Accelerator.save_state` | safetensors | `optimizer.pt` / `.bin`, numbered |
+| FSDP, full state | safetensors, `pytorch_model_fsdp.bin` | `optimizer.bin`, named |
+| FSDP2, sharded | `pytorch_model_fsdp_0/` | `optimizer_0/` |
+
+Sharded checkpoints are grown tensor by tensor. Under `torch.distributed` every rank takes part, keeps its share of each
+grown tensor and writes its own shards; the number of ranks need not be that of the parent's run.
+
+Everything is written to a folder beside the target, which takes its name when it is complete: a run that dies leaves no
+half-written checkpoint under the target's name.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Trainer
+from transformers.trainer import (
+    OPTIMIZER_NAME,
+    OPTIMIZER_NAME_BIN,
+    TRAINER_STATE_NAME,
+)
+
+from ..errors import StateError, WarmstartError
+from ..growth.config import GrowthConfig
+from ..growth.grow import grow
+from ..growth.plan import RECORD_KEY, GrowthPlan, GrowthRecord, make_plan
+from ..growth.source import class_and_config, parent_name
+from ..growth.state import check_state_policy, grow_entry, grow_groups, grow_optimizer_state
+from ..growth.twin import build
+from ..hub.save import save_grown
+from ..training.grown_adamw import set_aside_for_us
+from .parent_state import SCHEDULER_NAMES, SHARDED_OPTIMIZER, ParentState, load_file, read_parent_state
+from .sharded import ShardedFolder, is_sharded
+
+SHARDED_MODEL = "pytorch_model_fsdp_0"
+FULL_MODEL = "pytorch_model_fsdp.bin"
+# Files of a checkpoint that a growth does not change.
+KEPT = ("rng_state*.pth", "random_states_*.pkl", "scaler.pt", "sampler*.bin", "tokenizer*", "special_tokens_map.json")
+
+
+def grow_checkpoint(
+    source: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    growth_config: GrowthConfig | PreTrainedConfig | None = None,
+    *,
+    state_policy: str = "carry",
+    max_shard_size: str | int = "5GB",
+    **options: Any,
+) -> GrowthRecord:
+    """Grow a checkpoint on disk or on the Hub, with the training state that it holds.
+
+    Args:
+        source: a model's folder, a checkpoint of `Trainer` (one device, DDP, FSDP), a folder of `Accelerator.save_state`
+            with the model's `config.json` in it, or a Hub id.
+        output_dir: the new folder; it must not exist, or be empty. `from_pretrained` loads it, and where the source held
+            training state, training resumes from it (`train(resume_from_checkpoint=output_dir)`).
+        growth_config: what to grow; or its fields as keywords; or the target's config.
+        state_policy (`str`, defaults to `"carry"`): as for `grow_optimizer_state`.
+        max_shard_size (`str` or `int`, defaults to `"5GB"`): of the safetensors files.
+        **options: fields of `GrowthConfig`, or sizes by their transformers names.
+
+    Returns:
+        The `GrowthRecord`.
+
+    Raises:
+        WarmstartError: the growth cannot be done, the source is incomplete, or the target is not empty. Nothing is left
+            under the target's name.
+
+    Example:
+
+        >>> record = grow_checkpoint("runs/base/checkpoint-500", "runs/grown", width=2)          # doctest: +SKIP
+    """
+    check_state_policy(state_policy)
+    target = Path(output_dir)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise WarmstartError(f"{target} is not empty. Pass a new folder; nothing is overwritten.")
+    model_class, config = class_and_config(source)
+    plan = make_plan(model_class, config, GrowthConfig.of(growth_config, options))
+    folder = Path(source)
+    state = _training_state(folder, plan, state_policy) if folder.is_dir() else None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    made = _staging(target)
+    try:
+        if is_sharded(folder / SHARDED_MODEL):
+            record = _grow_sharded_weights(folder, plan, made)
+        else:
+            record = _grow_whole_weights(source, plan, made, max_shard_size)
+        if state is not None:
+            _write_state(folder, state, plan, made, state_policy)
+        _barrier()
+        if _is_main():
+            if target.exists():
+                target.rmdir()
+            os.replace(made, target)
+        _barrier()
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+    return record
+
+
+# -- the pieces -------------------------------------------------------------------------------------------------------
+
+
+def _training_state(folder: Path, plan: GrowthPlan, state_policy: str) -> ParentState | None:
+    """The state in a folder, if it is a training checkpoint."""
+    if not (folder / TRAINER_STATE_NAME).is_file() and not any(folder.glob("random_states_*.pkl")):
+        return None
+
+    def parent_on_meta(config: PreTrainedConfig | None) -> PreTrainedModel:
+        return build(plan.model_class, plan.source_config, "meta")
+
+    names = Trainer.get_decay_parameter_names
+    scheduler = any((folder / name).is_file() for name in SCHEDULER_NAMES)
+    return read_parent_state(
+        folder,
+        parent_on_meta,
+        lambda model: names(None, model),  # type: ignore[arg-type]
+        optimizer=state_policy != "reset",
+        scheduler=scheduler,
+    )
+
+
+def _grow_whole_weights(
+    source: str | os.PathLike, plan: GrowthPlan, made: Path, max_shard_size: str | int
+) -> GrowthRecord:
+    parent = plan.model_class.from_pretrained(source)
+    child = grow(parent, plan.growth_config)
+    del parent
+    save_grown(child, made, max_shard_size=max_shard_size)
+    if (Path(source) / FULL_MODEL).is_file():
+        torch.save(child.state_dict(), made / FULL_MODEL)
+    return GrowthRecord.all_of(child.config)[-1]
+
+
+def _grow_sharded_weights(folder: Path, plan: GrowthPlan, made: Path) -> GrowthRecord:
+    weights = ShardedFolder(folder / SHARDED_MODEL).weights()
+    missing = sorted({plan.source_name(name) for name in plan.names} - set(weights))
+    if missing:
+        raise StateError(f"The weights in {SHARDED_MODEL} lack {len(missing)} of the parent's tensors: {missing[:5]}.")
+    grown = {name: _share(plan.tensor(name).grow(weights[plan.source_name(name)], "weight")) for name in plan.names}
+    child = build(plan.model_class, plan.target_config, "meta")
+    tied = dict(child.all_tied_weights_keys)
+    _save_sharded(
+        {"model": grown | {name: grown[tied[name]] for name in tied if name in weights}}, made / SHARDED_MODEL
+    )
+    config = copy.deepcopy(plan.target_config)
+    record = plan.record(parent_name(plan.source_config))
+    setattr(config, RECORD_KEY, [*(getattr(plan.source_config, RECORD_KEY, None) or []), record.to_dict()])
+    config.architectures = [plan.model_class.__name__]
+    if _is_main():
+        config.save_pretrained(made)
+        if (folder / "generation_config.json").is_file():
+            GenerationConfig.from_pretrained(folder).save_pretrained(made)
+    return record
+
+
+def _write_state(folder: Path, state: ParentState, plan: GrowthPlan, made: Path, state_policy: str) -> None:
+    if state.optimizer is not None:
+        if is_sharded(folder / SHARDED_OPTIMIZER):
+            _write_sharded_optimizer(state.optimizer, plan, made, state_policy)
+        elif _is_main():
+            name = OPTIMIZER_NAME if (folder / OPTIMIZER_NAME).is_file() else OPTIMIZER_NAME_BIN
+            _write_whole_optimizer(state.optimizer, plan, made / name, state_policy, _is_named(folder / name))
+    if not _is_main():
+        return
+    for name in SCHEDULER_NAMES:
+        if state.optimizer is not None and (folder / name).is_file():
+            shutil.copy2(folder / name, made / name)
+    for pattern in KEPT:
+        for path in folder.glob(pattern):
+            shutil.copy2(path, made / path.name)
+    if state.trainer:
+        # The best checkpoint so far is the parent's, which the grown run cannot load.
+        best = {"best_metric": None, "best_model_checkpoint": None, "best_global_step": None}
+        (made / TRAINER_STATE_NAME).write_text(json.dumps({**state.trainer, **best}, indent=2) + "\n")
+
+
+def _is_named(path: Path) -> bool:
+    return any(isinstance(name, str) for name in load_file(path)["state"])
+
+
+def _write_whole_optimizer(
+    state: Mapping[str, Any], plan: GrowthPlan, path: Path, state_policy: str, named: bool
+) -> None:
+    if state_policy == "asymmetric_reset" and path.name != OPTIMIZER_NAME:
+        raise WarmstartError(
+            "Only WarmstartTrainer resumes a state under 'asymmetric_reset', from one device or DDP. Pass the checkpoint as "
+            "warmstart_from to it, or state_policy='carry'."
+        )
+    grown = grow_optimizer_state(state, plan, state_policy=state_policy)  # type: ignore[arg-type]
+    torch.save(grown if named else number_optimizer_state(grown), path)
+    if state_policy == "asymmetric_reset":
+        set_aside_for_us(path.parent)
+
+
+def number_optimizer_state(named: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's state keyed by number, as torch saves it, its groups with the names beside the numbers."""
+    numbers: dict[str, int] = {}
+    groups = []
+    for group in named["param_groups"]:
+        numbers |= {name: len(numbers) + k for k, name in enumerate(group["params"])}
+        groups.append(
+            {**group, "params": [numbers[name] for name in group["params"]], "param_names": list(group["params"])}
+        )
+    return {"state": {numbers[name]: entry for name, entry in named["state"].items()}, "param_groups": groups}
+
+
+def _write_sharded_optimizer(state: Mapping[str, Any], plan: GrowthPlan, made: Path, state_policy: str) -> None:
+    if state_policy == "asymmetric_reset":
+        raise WarmstartError(
+            "A sharded checkpoint cannot keep two step counts per tensor for a stock resume. Pass it as warmstart_from to "
+            "WarmstartTrainer(state_policy='asymmetric_reset'), or state_policy='carry'."
+        )
+    grown: dict[str, Any] = {}
+    for name in plan.names:
+        entry = state["state"].get(plan.source_name(name))
+        if entry:
+            entry = grow_entry(plan, name, entry, state_policy)
+            grown[name] = {key: _share(value, plan.target_shapes[name]) for key, value in entry.items()}
+    _save_sharded(
+        {"optimizer": {"state": grown, "param_groups": grow_groups(state["param_groups"], plan)}},
+        made / SHARDED_OPTIMIZER,
+    )
+
+
+# -- one process or many ----------------------------------------------------------------------------------------------
+
+
+def _share(value: Any, shape: tuple[int, ...] | None = None) -> Any:
+    """What this rank keeps of a grown tensor: its rows, where there are several ranks."""
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    if not several or not isinstance(value, torch.Tensor) or value.ndim == 0:
+        return value
+    if shape is not None and tuple(value.shape) != tuple(shape):
+        return value
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    share = distribute_tensor(value, mesh, [Shard(0)], src_data_rank=None).detach()
+    share._local_tensor = share._local_tensor.clone()  # a view would keep the whole tensor in memory
+    return share
+
+
+def _save_sharded(state: dict[str, Any], folder: Path) -> None:
+    alone = not dist.is_initialized()
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(folder, overwrite=False), no_dist=alone)
+
+
+def _staging(target: Path) -> Path:
+    """A folder beside the target, the same for all ranks."""
+    name = [tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-") if _is_main() else ""]
+    if dist.is_initialized():
+        dist.broadcast_object_list(name)
+    return Path(name[0])
+
+
+def _is_main() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,108 @@
+"""`grow_checkpoint`: a checkpoint goes in, one comes out that a stock `Trainer` resumes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoModelForCausalLM, Trainer
+
+from hf_warmstart import WarmstartError, grow_checkpoint
+
+from ..models import some_tokens, tiny_model
+from .conftest import blocks, losses, stock_trainer, warmstart_trainer
+
+
+def test_a_stock_trainer_goes_on_from_the_grown_checkpoint_as_ours_does_from_the_parent(base, tmp_path):
+    """Same weights, moments, schedule and step: 100 steps of each, the whole horizon being 120."""
+    record = grow_checkpoint(base, tmp_path / "grown", width=2, seed=5)
+    assert record.growth_config["width"] == 2
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "grown")
+    stock = stock_trainer(copy.deepcopy(model), tmp_path / "stock", 120, blocks(0, 120))
+    stock.train(resume_from_checkpoint=str(tmp_path / "grown"))
+    ours = warmstart_trainer(model, tmp_path / "ours", 100, blocks(20, 100), warmstart_from=base)
+    ours.train()
+    assert type(stock) is Trainer
+    assert stock.state.global_step == 120
+    assert losses(stock)[-100:] == losses(ours)
+    for (name, a), b in zip(stock.model.state_dict().items(), ours.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_depth_keeps_every_entry_with_its_own_layer(base, tmp_path):
+    grow_checkpoint(base, tmp_path / "grown", depth=2)
+    saved = torch.load(tmp_path / "grown" / "optimizer.pt", weights_only=True)
+    named = {
+        name: saved["state"][number]
+        for group in saved["param_groups"]
+        for number, name in zip(group["params"], group["param_names"], strict=True)
+    }
+    parent = torch.load(base / "optimizer.pt", weights_only=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "grown")
+    stock = stock_trainer(model, tmp_path / "stock", 1, blocks(0, 1))
+    stock.create_optimizer()
+    order = [p.shape for group in stock.optimizer.param_groups for p in group["params"]]
+    assert [saved["state"][number]["exp_avg"].shape for number in sorted(saved["state"])] == order
+    assert len(parent["state"]) < len(saved["state"]) == len(named)
+
+
+def test_a_folder_of_accelerates_save_state_is_grown_and_loads_again(tmp_path):
+    model = tiny_model("llama")
+    accelerator = Accelerator(cpu=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    scheduler = accelerator.prepare(LambdaLR(optimizer, lambda step: 1 / (1 + step)))
+    for step in range(3):
+        ids = some_tokens(2, 12, seed=step)
+        accelerator.backward(model(input_ids=ids, labels=ids).loss)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    accelerator.save_state(str(tmp_path / "state"))
+    accelerator.unwrap_model(model).config.save_pretrained(tmp_path / "state")
+    accelerator.free_memory()
+
+    grow_checkpoint(tmp_path / "state", tmp_path / "grown", width=2)
+    child = AutoModelForCausalLM.from_pretrained(tmp_path / "grown")
+    again = Accelerator(cpu=True)
+    other = torch.optim.AdamW(child.parameters(), lr=1e-3)
+    child, other = again.prepare(child, other)
+    again.load_state(str(tmp_path / "grown"))
+    entries = list(other.optimizer.state.values())
+    assert len(entries) == len(list(child.parameters()))
+    assert {float(entry["step"]) for entry in entries} == {3.0}
+
+
+def test_a_model_without_training_state_is_grown_alone(base, tmp_path):
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "model")
+    grow_checkpoint(tmp_path / "model", tmp_path / "grown", depth=2)
+    assert not (tmp_path / "grown" / "optimizer.pt").exists()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "grown").config.num_hidden_layers == 4
+
+
+def test_reset_leaves_the_optimizer_out(base, tmp_path):
+    grow_checkpoint(base, tmp_path / "grown", width=2, state_policy="reset")
+    assert not (tmp_path / "grown" / "optimizer.pt").exists()
+    assert (tmp_path / "grown" / "trainer_state.json").exists()
+
+
+def test_what_is_in_the_way_stays(base, tmp_path):
+    target = tmp_path / "grown"
+    target.mkdir()
+    (target / "mine.txt").write_text("precious")
+    with pytest.raises(WarmstartError, match="not empty"):
+        grow_checkpoint(base, target, width=2)
+    assert [path.name for path in target.iterdir()] == ["mine.txt"]
+
+
+def test_a_fault_leaves_nothing_under_the_targets_name(base, tmp_path, monkeypatch):
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hf_warmstart.checkpoints.grow_checkpoint.save_grown", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        grow_checkpoint(base, tmp_path / "out" / "grown", width=2)
+    assert list((tmp_path / "out").iterdir()) == []
