@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from ..models import some_tokens, tiny_config
 from ..models import tiny_model as make
 
 LEARNING_RATE, DECAY, MAX_NORM = 3e-3, 0.1, 0.5
+FIRST_STEPS = 20
+MakeOptimizers = Callable[[list[dict]], list[torch.optim.Optimizer]]
 
 
 class Lion(torch.optim.Optimizer):
@@ -82,11 +85,16 @@ def _loss(model: nn.Module, step: int) -> torch.Tensor:
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
-def _step(model, optimizers, step: int, factors=None) -> tuple[float, float]:
+def take_step(model, optimizers, step: int, factors=None) -> tuple[float, float]:
+    """One step of training on the batch of that number; the loss and the gradient norm that was clipped by.
+
+    Args:
+        factors: of a child in its parent's coordinates.
+    """
     model.zero_grad()
     loss = _loss(model, step)
     loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     if factors is None:
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]))
     else:
@@ -98,36 +106,54 @@ def _step(model, optimizers, step: int, factors=None) -> tuple[float, float]:
     return float(loss.detach()), float(norm)
 
 
-def follow(family: str, carry: bool, steps: int, optimizer: str = "adamw", **changes) -> tuple[float, float]:
-    """Largest loss difference of parent and child over `steps` steps, and the largest gradient norm before clipping."""
+def train_parent(family: str, make_optimizers: MakeOptimizers, **changes):
+    """A plan for width 2, and the parent with its optimizers after `FIRST_STEPS` steps; in true float64."""
     config = tiny_config(family, **changes)
     config.dtype, config._attn_implementation = torch.float64, "eager"
     plan = plan_growth(config, width=2, width_operator="exact_copy")
+    parent = build(plan.model_class, config)
+    randomise(parent, 3, scale=0.1)
+    optimizers = make_optimizers(_groups(parent))
+    for step in range(FIRST_STEPS):
+        take_step(parent, optimizers, step)
+    return plan, parent, optimizers
+
+
+def start_child(plan, parent, make_optimizers: MakeOptimizers):
+    """The child of a parent, with fresh optimizers in the parent's coordinates, and its factors."""
+    child = apply_plan(parent, plan)
+    factors = coordinate_factors(plan)
+    optimizers = make_optimizers(_groups(child))
+    names = _names(child)
+    for optimizer in optimizers:
+        optimizer.param_groups[:] = coordinate_groups(optimizer, names, factors)
+        for group in optimizer.param_groups:
+            group["param_names"] = [names[id(parameter)] for parameter in group["params"]]
+    return child, optimizers, factors
+
+
+def named_state(model: nn.Module, optimizers) -> dict[str, dict]:
+    """The state of optimizers by parameter name."""
+    names = _names(model)
+    return {names[id(p)]: dict(entry) for optimizer in optimizers for p, entry in optimizer.state.items()}
+
+
+def follow(family: str, carry: bool, steps: int, optimizer: str = "adamw", **changes) -> tuple[float, float]:
+    """Largest loss difference of parent and child over `steps` steps, and the largest gradient norm before clipping."""
     with true_float64():
-        parent = build(plan.model_class, config)
-        randomise(parent, 3, scale=0.1)
-        optimizers = OPTIMIZERS[optimizer](_groups(parent))
-        for step in range(20):
-            _step(parent, optimizers, step)
-        child = apply_plan(parent, plan)
-        factors = coordinate_factors(plan)
-        grown = OPTIMIZERS[optimizer](_groups(child))
-        for each in grown:
-            each.param_groups[:] = coordinate_groups(each, _names(child), factors)
+        plan, parent, optimizers = train_parent(family, OPTIMIZERS[optimizer], **changes)
+        child, grown, factors = start_child(plan, parent, OPTIMIZERS[optimizer])
         if carry:
-            names = _names(parent)
-            state = {names[id(p)]: dict(entry) for each in optimizers for p, entry in each.state.items()}
-            carried = grow_optimizer_state(state, plan)
+            carried = grow_optimizer_state(named_state(parent, optimizers), plan)
+            names = _names(child)
             for each in grown:
                 for group in each.param_groups:
                     for parameter in group["params"]:
-                        each.state[parameter] = carried[_names(child)[id(parameter)]]
+                        each.state[parameter] = carried[names[id(parameter)]]
         worst, largest_norm = 0.0, 0.0
-        for step in range(20, 20 + steps):
-            (loss, norm), (child_loss, child_norm) = (
-                _step(parent, optimizers, step),
-                _step(child, grown, step, factors),
-            )
+        for step in range(FIRST_STEPS, FIRST_STEPS + steps):
+            loss, norm = take_step(parent, optimizers, step)
+            child_loss, child_norm = take_step(child, grown, step, factors)
             worst, largest_norm = max(worst, abs(loss - child_loss)), max(largest_norm, norm)
             if carry and "muon" not in optimizer:
                 assert child_norm == pytest.approx(norm, rel=1e-9)
