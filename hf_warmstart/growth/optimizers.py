@@ -45,6 +45,9 @@ from torch import Tensor
 from ..errors import StateError, WarmstartError
 from .transform import TensorGrowth
 
+# The optimizer of `state_policy="asymmetric_reset"`, by class name.
+GROWN = "GrownAdamW"
+
 Piece = Literal["first_moment", "second_moment", "update", "row", "column", "scalar"]
 
 
@@ -196,7 +199,7 @@ _ADAM: Mapping[str, Piece] = {
 }
 
 RULES: tuple[StateRule, ...] = (
-    StateRule("Adam", _ADAM, frozenset({"exp_avg", "exp_avg_sq"}), {"AdamW": _adam, "Adam": _adam}),
+    StateRule("Adam", _ADAM, frozenset({"exp_avg", "exp_avg_sq"}), {"AdamW": _adam, "Adam": _adam, GROWN: _adam}),
     StateRule(
         "Adafactor (transformers)",
         {

@@ -83,6 +83,11 @@ def grow_entry(plan: GrowthPlan, name: str, entry: Mapping[str, Any], state_poli
                 f"{name}: state_policy='asymmetric_reset' needs Adam's moments and step; {sorted(entry)} is a state of "
                 f"{rule.name}. Pass state_policy='carry' or 'reset'."
             )
+        if "max_exp_avg_sq" in entry:
+            raise StateError(
+                f"{name}: state_policy='asymmetric_reset' has no optimizer that keeps AMSGrad's maximum. Pass "
+                "state_policy='carry' or 'reset'."
+            )
         new = torch.ones(growth.shape, dtype=torch.bool) if plan.in_added_layer(name) else growth.new_entries()
         for key, kind in rule.pieces.items():
             if key in grown and kind != "scalar":

@@ -18,6 +18,7 @@ from ..errors import StateError
 from ..growth.optimizers import rule_for_entry, rule_for_optimizer
 from ..growth.plan import GrowthPlan
 from ..growth.state import check_entry, grow_entry
+from .grown_adamw import GrownAdamW
 
 
 def load_grown_state(
@@ -35,6 +36,11 @@ def load_grown_state(
     """
     inner = getattr(optimizer, "optimizer", optimizer)
     rule = rule_for_optimizer(inner)
+    if state_policy == "asymmetric_reset" and not isinstance(inner, GrownAdamW):
+        raise StateError(
+            f"state_policy='asymmetric_reset' gives new entries a step count of their own, which {type(inner).__name__} does "
+            "not keep. Pass no optimizer, so that WarmstartTrainer makes a GrownAdamW, or another state_policy."
+        )
     whole = optimizer.state_dict()
     for group, live in zip(whole["param_groups"], inner.param_groups, strict=True):
         for number, name, parameter in zip(group["params"], group["param_names"], live["params"], strict=True):
