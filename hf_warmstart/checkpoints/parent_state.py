@@ -43,7 +43,7 @@ class ParentState:
     """The training state in a parent's checkpoint.
 
     Args:
-        config: the parent's config; None where the folder has none (`Accelerator.save_state` writes none).
+        config: the parent's config; None where the folder has none (`Accelerator.save_state` and FSDP2's sharded checkpoints).
         step: how many optimizer steps it took.
         optimizer: `{"state": {name: ...}, "param_groups": [...]}` keyed by the parent's parameter names; None if not read.
             The inner mapping may read each entry from disk when it is asked for.
@@ -96,7 +96,8 @@ def read_parent_state(
     sharded = is_sharded(folder / SHARDED_OPTIMIZER)
     scheduler_file = _first_file(folder, SCHEDULER_NAMES)
     missing = [] if by_trainer or by_accelerate else [TRAINER_STATE_NAME]
-    if not by_accelerate and not (folder / "config.json").is_file():
+    # Of a sharded model Trainer writes no config; the child's record of its growth knows the parent's.
+    if not by_accelerate and not sharded and not (folder / "config.json").is_file():
         missing.append("config.json")
     if optimizer and file is None and not sharded:
         missing.append(f"{OPTIMIZER_NAME} (or pass state_policy='reset')")
