@@ -97,7 +97,8 @@ def read_parent_state(
     scheduler_file = _first_file(folder, SCHEDULER_NAMES)
     missing = [] if by_trainer or by_accelerate else [TRAINER_STATE_NAME]
     # Of a sharded model Trainer writes no config; the child's record of its growth knows the parent's.
-    if not by_accelerate and not sharded and not (folder / "config.json").is_file():
+    in_shards = sharded or any(folder.glob("optimizer_*rank*.bin"))
+    if not by_accelerate and not in_shards and not (folder / "config.json").is_file():
         missing.append("config.json")
     if optimizer and file is None and not sharded:
         missing.append(f"{OPTIMIZER_NAME} (or pass state_policy='reset')")
@@ -233,6 +234,6 @@ def _check_named(named: Mapping[str, Any], trainable: Mapping[str, nn.Parameter]
             wrong += check_entry(name, named["state"][name], tuple(trainable[name].shape))
     if wrong:
         raise StateError(
-            f"The optimizer file does not belong to the parent {type(model).__name__}:\n{collect(wrong)}\n"
+            f"The optimizer file does not fit the parent {type(model).__name__}:\n{collect(wrong)}\n"
             "Pass the checkpoint of the model that was grown, or state_policy='reset'."
         )

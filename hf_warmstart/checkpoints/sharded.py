@@ -143,6 +143,9 @@ class Weights(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._folder.read(self._keys[name])
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._keys  # Mapping's own would read it
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)
 
@@ -158,6 +161,9 @@ class Entries(Mapping[str, dict[str, Any]]):
 
     def __getitem__(self, name: str) -> dict[str, Any]:
         return {piece: self._folder.read(key) for piece, key in self._keys[name].items()}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._keys  # Mapping's own would read it
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)

@@ -50,6 +50,7 @@ def load_grown_state(
             entry = entries[source]
             if wrong := check_entry(source, entry, tuple(plan.shapes[source])):
                 raise StateError("; ".join(wrong))
+            grown = grow_entry(plan, name, entry, state_policy)
             if rule_for_entry(entry) is not rule:
                 kept = rule_for_entry(entry)
                 raise StateError(
@@ -57,7 +58,6 @@ def load_grown_state(
                     "cannot use. Pass the parent's optimizer as optim (or optimizer_cls_and_kwargs), or "
                     "state_policy='reset'."
                 )
-            grown = grow_entry(plan, name, entry, state_policy)
             whole["state"][number] = {key: place_like(value, parameter) for key, value in grown.items()}
     optimizer.load_state_dict(whole)
 

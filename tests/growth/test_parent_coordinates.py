@@ -127,9 +127,15 @@ def start_child(plan, parent, make_optimizers: MakeOptimizers):
     names = _names(child)
     for optimizer in optimizers:
         optimizer.param_groups[:] = coordinate_groups(optimizer, names, factors)
-        for group in optimizer.param_groups:
-            group["param_names"] = [names[id(parameter)] for parameter in group["params"]]
+        name_groups(child, optimizer)
     return child, optimizers, factors
+
+
+def name_groups(model: nn.Module, optimizer) -> None:
+    """Write the parameters' names into an optimizer's groups, as `WarmstartTrainer` does."""
+    names = _names(model)
+    for group in optimizer.param_groups:
+        group["param_names"] = [names[id(parameter)] for parameter in group["params"]]
 
 
 def named_state(model: nn.Module, optimizers) -> dict[str, dict]:
