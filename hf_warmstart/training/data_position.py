@@ -49,12 +49,16 @@ class ContinuedSampler(Sampler[int]):
         return len(self.base)  # type: ignore[arg-type]
 
 
-def place_in_data(trainer_state: Mapping[str, Any], examples: int) -> tuple[int, int]:
+def place_in_data(trainer_state: Mapping[str, Any], examples: int, processes: int = 1) -> tuple[int, int]:
     """Whole passes and examples of the next that a run took, by its `trainer_state.json`.
+
+    A pass is a whole number of batches, the last of which may be short, so that its share of the batches is not its share
+    of the examples.
 
     Args:
         trainer_state: with `epoch`, passes as a fraction, and `train_batch_size`, examples per device and step.
         examples: length of its training data.
+        processes: of this run; the parent's are taken to be as many, or one, whichever fits its fraction.
 
     Raises:
         StateError: the state says neither.
@@ -65,7 +69,13 @@ def place_in_data(trainer_state: Mapping[str, Any], examples: int) -> tuple[int,
             "epoch. Pass data_policy='restart'."
         )
     passes = math.floor(trainer_state["epoch"] + 1e-9)
-    return passes, min(examples, round((trainer_state["epoch"] - passes) * examples))
+    share = trainer_state["epoch"] - passes
+    for devices in (processes, 1):
+        batch = int(trainer_state.get("train_batch_size") or 0) * devices
+        batches = share * math.ceil(examples / batch) if batch else 0.5
+        if abs(batches - round(batches)) < 1e-6:
+            return passes, min(examples, round(batches) * batch)
+    return passes, min(examples, round(share * examples))
 
 
 def samples_seen(trainer_state: Mapping[str, Any], accumulation: int, processes: int) -> int:

@@ -24,7 +24,7 @@ from typing import Any
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 
 from ..checkpoints.parent_state import ParentState
 from ..errors import StateError, WarmstartError
@@ -81,7 +81,8 @@ def equal_loss_step(run: str | os.PathLike, loss: float) -> int:
     Source: arXiv 2203.06211.
     """
     folder = Path(run)
-    states = [folder / TRAINER_STATE_NAME, Path(get_last_checkpoint(run) or run, TRAINER_STATE_NAME)]
+    last = get_last_checkpoint(run) if folder.is_dir() else None
+    states = [folder / TRAINER_STATE_NAME, Path(last or run, TRAINER_STATE_NAME)]
     file = next((path for path in states if path.is_file()), None)
     if file is None:
         raise StateError(
@@ -112,7 +113,7 @@ def place_schedule(scheduler: Any, position: int, kind: str) -> None:
     """
     if not isinstance(scheduler, LambdaLR):
         raise WarmstartError(
-            f"The schedule {kind} has no position that could be continued. Pass schedule_policy='rewarm', or a schedule "
+            f"The schedule {_name(kind)} has no position that could be continued. Pass schedule_policy='rewarm', or a schedule "
             "that depends on the step alone."
         )
     rates = [base * rate(position) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
@@ -121,10 +122,32 @@ def place_schedule(scheduler: Any, position: int, kind: str) -> None:
         group["lr"] = rate
 
 
-def ramp_schedule(scheduler: Any, start: int, steps: int) -> None:
-    """Let a schedule's rate rise linearly from 0 at step `start` to its own `steps` later."""
+def ramp_schedule(scheduler: Any, start: int, steps: int, kind: str) -> None:
+    """Let a schedule's rate rise linearly from 0 at step `start` to its own `steps` later.
+
+    Raises:
+        WarmstartError: its rate depends on more than the step.
+    """
+    if not isinstance(scheduler, LambdaLR):
+        raise WarmstartError(
+            f"The schedule {_name(kind)} depends on more than the step and cannot be ramped. Leave schedule_ramp_steps out, or "
+            "pass another schedule."
+        )
 
     def ramped(rate: Any) -> Any:
         return lambda step: rate(step) * min(1.0, max(0.0, (step - start) / steps))
 
     scheduler.lr_lambdas = [ramped(rate) for rate in scheduler.lr_lambdas]
+
+
+def check_decays(kind: str) -> None:
+    """Raise unless a schedule ends in a decay whose length can be chosen."""
+    if SchedulerType(kind) is not SchedulerType.WARMUP_STABLE_DECAY:
+        raise WarmstartError(
+            f"decay_fraction is the share of a decay at the end, which the schedule {_name(kind)} does not have. Pass "
+            "lr_scheduler_type='warmup_stable_decay', or leave decay_fraction out."
+        )
+
+
+def _name(kind: Any) -> str:
+    return str(SchedulerType(kind).value)

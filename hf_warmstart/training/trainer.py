@@ -40,7 +40,7 @@ from .arguments import WarmstartTrainingArguments
 from .carry import load_grown_state
 from .data_position import ContinuedSampler, place_in_data, samples_seen
 from .grown_adamw import GROWN_NAME, GrownAdamW, set_aside_for_us
-from .schedules import place_schedule, ramp_schedule, starting_position
+from .schedules import check_decays, place_schedule, ramp_schedule, starting_position
 
 STATE_NAME = "warmstart_state.json"
 LONG_DIAGNOSTIC = 1000
@@ -142,7 +142,8 @@ class WarmstartTrainer(Trainer):
             )
         if self._option("data_policy") == "continue":
             if has_length(self.train_dataset):
-                self._data_place = list(place_in_data(state.trainer, len(self.train_dataset)))
+                place = place_in_data(state.trainer, len(self.train_dataset), self.args.world_size)
+                self._data_place = list(place)
             else:
                 self._stream_skip = samples_seen(
                     state.trainer, self.args.gradient_accumulation_steps, self.args.world_size
@@ -221,7 +222,7 @@ class WarmstartTrainer(Trainer):
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
         if kind is not torch.optim.AdamW:
             raise WarmstartError(
-                f"state_policy='asymmetric_reset' is made for AdamW; optim={str(self.args.optim)!r} is none. Pass "
+                f"state_policy='asymmetric_reset' is made for AdamW; optim={self.args.optim.value!r} is none. Pass "
                 "optim='adamw_torch' or another state_policy."
             )
         return GrownAdamW, {
@@ -234,13 +235,14 @@ class WarmstartTrainer(Trainer):
         made = self.lr_scheduler is None
         fraction = self._option("decay_fraction")
         if fraction is not None and made:
+            check_decays(self.args.lr_scheduler_type)
             self.args.lr_scheduler_kwargs = {
                 **(self.args.lr_scheduler_kwargs or {}),
                 "num_decay_steps": max(1, round(fraction * num_training_steps)),
             }
         scheduler = super().create_scheduler(num_training_steps + self._schedule_start, optimizer)
         if self._ramp_steps and made:
-            ramp_schedule(scheduler, self._schedule_start, self._ramp_steps)
+            ramp_schedule(scheduler, self._schedule_start, self._ramp_steps, self.args.lr_scheduler_type)
         return scheduler
 
     @property
