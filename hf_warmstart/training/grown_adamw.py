@@ -113,14 +113,20 @@ def _step_of_two_ages(parameter: Tensor, gradient: Tensor, state: dict[str, Any]
     new_age = old_age - float(state[BORN])
     new = state[NEW]
 
-    def either(young: float, old: float) -> Tensor:
-        """Per entry, what holds for a new one or for an old one, in the parameter's dtype."""
-        return torch.full_like(parameter, old).masked_fill_(new, young)
+    def either(young: float, old: float) -> Tensor | float:
+        """What holds for a new entry or for an old one: per entry, in the parameter's dtype, where the two differ."""
+        # By arithmetic: filling under a mask takes three times as long.
+        return old if young == old else new.to(parameter.dtype).mul_(young - old).add_(old)
 
     warmed = min(1.0, new_age / group["new_lr_steps"]) if group["new_lr_steps"] else 1.0
-    rate = either(group["lr"] * (1 + (group["new_lr_peak"] - 1) * warmed), group["lr"])
+    rates = group["lr"] * (1 + (group["new_lr_peak"] - 1) * warmed), group["lr"]
+    ages = new_age, old_age
     state["exp_avg"].lerp_(gradient, 1 - first)
     state["exp_avg_sq"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
-    spread = (state["exp_avg_sq"] / either(1 - second**new_age, 1 - second**old_age)).sqrt_().add_(group["eps"])
-    average = state["exp_avg"] / either(1 - first**new_age, 1 - first**old_age)
-    parameter.mul_(1 - rate * group["weight_decay"]).sub_(rate * average / spread)
+    # The corrections as two factors, on the root of the second moment and on the rate, so that each takes one tensor.
+    spread = state["exp_avg_sq"].sqrt().mul_(either(*((1 - second**age) ** -0.5 for age in ages))).add_(group["eps"])
+    step = torch.div(state["exp_avg"], spread, out=spread)
+    step.mul_(either(*(rate / (1 - first**age) for rate, age in zip(rates, ages, strict=True))))
+    if group["weight_decay"]:
+        parameter.mul_(either(*(1 - rate * group["weight_decay"] for rate in rates)))
+    parameter.sub_(step)
