@@ -90,21 +90,24 @@ def test_shapes_are_checked_by_the_kind_of_each_piece(plan, entry, message):
 
 def test_each_kind_of_piece_grows_by_its_own_factor(plan):
     """For even copies `w' = s tile(w)`, `G' = gamma tile(G)`: moments by gamma, its square, and s."""
-    growth = plan.tensor(NAME)
-    ones = torch.ones(PARAMETER, dtype=torch.float64)
+    name = "lm_head.weight"  # reads twice as much and writes the same: its two factors differ
+    growth = plan.tensor(name)
+    ones = torch.ones(97, 64, dtype=torch.float64)
     s = float(growth.grow(ones, "weight").mean())
     entry = {"step": torch.tensor(7.0), "exp_avg": 3 * ones, "exp_avg_sq": 5 * ones, "max_exp_avg_sq": 6 * ones}
-    grown = _grow(entry, plan)
+    grown = grow_optimizer_state({"state": {name: entry}}, plan)["state"][name]
     gamma = float(grown["exp_avg"].mean()) / 3
-    assert grown["exp_avg"].shape == growth.shape == (192, 128)
-    assert s * gamma * 4 == pytest.approx(1)  # a change of the weight changes the loss as it did in the parent
+    assert grown["exp_avg"].shape == growth.shape == (97, 128)
+    assert s != gamma and s * gamma * 2 == pytest.approx(
+        1
+    )  # a change of the weight changes the loss as it did in the parent
     torch.testing.assert_close(grown["exp_avg_sq"], torch.full(growth.shape, 5 * gamma**2, dtype=torch.float64))
     torch.testing.assert_close(grown["max_exp_avg_sq"], torch.full(growth.shape, 6 * gamma**2, dtype=torch.float64))
     assert float(grown["step"]) == 7.0 and grown["step"] is not entry["step"]
     adafactor = {"step": 7, "RMS": 0.5, "exp_avg": ones, "exp_avg_sq_row": ones[:, 0], "exp_avg_sq_col": ones[0]}
-    grown = _grow(adafactor, plan)
+    grown = grow_optimizer_state({"state": {name: adafactor}}, plan)["state"][name]
     torch.testing.assert_close(grown["exp_avg"], torch.full(growth.shape, s, dtype=torch.float64))
-    torch.testing.assert_close(grown["exp_avg_sq_row"], torch.full((192,), gamma**2, dtype=torch.float64))
+    torch.testing.assert_close(grown["exp_avg_sq_row"], torch.full((97,), gamma**2, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["axes kept", "axes dropped"])
