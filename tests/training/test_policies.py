@@ -383,6 +383,17 @@ def test_only_the_same_policy_of_ours_resumes_asymmetric_reset(parent, tmp_path)
         ours.train(resume_from_checkpoint=checkpoint)
 
 
+@pytest.mark.parametrize("policy", ["carry", "reset"])
+def test_a_stock_trainer_resumes_a_run_under_carry_and_reset(parent, tmp_path, policy):
+    """With a schedule of the run's own: that of a stock trainer lasts as long as its steps."""
+    whole = _run(parent, tmp_path / "whole", save_steps=2, state_policy=policy, schedule_policy="rewarm")
+    stock = stock_trainer(_child(parent), tmp_path / "stock", 4, blocks(STEPS, 4))
+    stock.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert losses(stock) == losses(whole)
+    for a, b in zip(whole.model.parameters(), stock.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_asymmetric_reset_is_refused_with_an_optimizer_that_keeps_one_count(parent, tmp_path):
     with pytest.raises(WarmstartError, match="optim='sgd' is none"):
         _run(parent, tmp_path / "sgd", optim="sgd", **ASYMMETRIC)
