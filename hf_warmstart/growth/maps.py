@@ -130,9 +130,11 @@ class SpaceMap:
         factors = self.write if side == "write" else self.read
         grown = tensor.index_select(axis, self.source.clamp(min=0).to(tensor.device))
         if not bool((factors == 1).all()):
-            grown = grown * _column(factors.to(tensor), axis, tensor.ndim)
+            grown *= _column(
+                factors.to(tensor), axis, tensor.ndim
+            )  # in place: of large tensors no more than is needed
         if side == "write" and bool((self.mean != 0).any()):
-            grown = grown + tensor.mean(axis, keepdim=True) * _column(self.mean.to(tensor), axis, tensor.ndim)
+            grown += tensor.mean(axis, keepdim=True) * _column(self.mean.to(tensor), axis, tensor.ndim)
         return grown
 
     def pull(self, tensor: Tensor, axis: int, side: Literal["write", "read"]) -> Tensor:

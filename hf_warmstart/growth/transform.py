@@ -154,10 +154,11 @@ class TensorGrowth:
         axis = readers[-1]
         axis_map = self.maps[axis]
         noise = random.normal(self.shape, self.seed, "noise", self.name).to(carried)
-        noise = noise * (self.noise * carried.square().mean().sqrt())
+        noise *= self.noise * carried.square().mean().sqrt()
         # Coordinates without a source have a fresh initialisation of their own.
-        noise = noise * _column((~axis_map.unsourced).to(carried), axis, carried.ndim)
-        return noise - axis_map.push(axis_map.pull(noise, axis, "write"), axis, "read")
+        noise *= _column((~axis_map.unsourced).to(carried), axis, carried.ndim)
+        noise -= axis_map.push(axis_map.pull(noise, axis, "write"), axis, "read")
+        return noise
 
     def _mask(self, choose: Callable[[SpaceMap, Role], Tensor]) -> Tensor | None:
         """bool of the grown shape: entries that any axis chooses; None where no axis chooses any."""
