@@ -59,6 +59,7 @@ def load_grown_state(
                     "state_policy='reset'."
                 )
             whole["state"][number] = {key: place_like(value, parameter) for key, value in grown.items()}
+            del entry, grown  # before the next is read
     optimizer.load_state_dict(whole)
 
 
@@ -90,5 +91,7 @@ def load_grown_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], pl
     if missing:
         raise StateError(f"The parent's weights lack {len(missing)} tensors: {missing[:5]}.")
     for name in plan.names:
-        grown = plan.tensor(name).grow(weights[plan.source_name(name)], "weight")
-        targets[name].copy_(place_like(grown, targets[name]))
+        # Nothing is named, so that nothing of one tensor is still held while the next is grown.
+        targets[name].copy_(
+            place_like(plan.tensor(name).grow(weights[plan.source_name(name)], "weight"), targets[name])
+        )
