@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
@@ -91,7 +92,11 @@ class ShardedFolder:
         self.keys = {key: _flat(paths.get(key, (key,))) for key in self.index.state_dict_metadata}
 
     def read(self, key: str) -> Any:
-        """One tensor, whole, or one object."""
+        """One tensor, whole, or one object.
+
+        Raises:
+            StateError: its file is missing or damaged, or holds more than tensors and numbers.
+        """
         record = self.index.state_dict_metadata[key]
         whole = isinstance(record, TensorStorageMetadata)
         state = {key: torch.empty(record.size, dtype=record.properties.dtype) if whole else None}
@@ -99,7 +104,11 @@ class ShardedFolder:
             warnings.filterwarnings(
                 "ignore", message="torch.distributed is disabled"
             )  # which is what no_dist asks for
-            dcp.load(state, storage_reader=self._reader, planner=_SafePlanner(False, False), no_dist=True)
+            try:
+                dcp.load(state, storage_reader=self._reader, planner=_SafePlanner(False, False), no_dist=True)
+            except CheckpointException as fault:
+                causes = "; ".join(str(cause) for cause, _ in fault.failures.values())
+                raise StateError(f"{key} cannot be read from the sharded checkpoint: {causes}") from fault
         return state[key]
 
     def weights(self) -> Weights:
