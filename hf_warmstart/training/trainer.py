@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -293,8 +295,21 @@ class WarmstartTrainer(Trainer):
             gradient.mul_(scale)
         return norm
 
+    @contextmanager
+    def _names_as_files_have_them(self) -> Iterator[None]:
+        """FSDP keys a state by name, so its groups hold no names: asked for, they would be missing in other checkpoints."""
+        groups = self.optimizer.param_groups if self.is_fsdp_enabled else []
+        names = [group.pop("param_names", None) for group in groups]
+        try:
+            yield
+        finally:
+            for group, part in zip(self.optimizer.param_groups, names, strict=False):
+                if part is not None:
+                    group["param_names"] = part
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
+        with self._names_as_files_have_them():
+            super()._save_optimizer_and_scheduler(output_dir)
         if not self.args.should_save:
             return
         own = {
@@ -309,7 +324,8 @@ class WarmstartTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not Path(checkpoint, GROWN_NAME).is_file():
-            super()._load_optimizer_and_scheduler(checkpoint)
+            with self._names_as_files_have_them():
+                super()._load_optimizer_and_scheduler(checkpoint)
             return
         if not self._keeps_ages():
             raise StateError(
