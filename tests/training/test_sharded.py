@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import merge_fsdp_weights
 from datasets import Dataset
 from transformers import LlamaForCausalLM
 
@@ -199,6 +200,15 @@ def test_warmstart_trainer_on_one_process_starts_from_the_parents_shards(runs, a
     )
     trainer.train()
     assert losses(trainer) == pytest.approx(alone, abs=NOISE)
+
+
+def test_merged_weights_make_the_checkpoint_one_that_from_pretrained_loads(runs, tmp_path):
+    """`accelerate merge-weights`, which the example names for a parent whose weights are sharded."""
+    shutil.copytree(runs / "parent", tmp_path / "parent")
+    merge_fsdp_weights(str(tmp_path / "parent" / WEIGHTS), str(tmp_path / "parent"))
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "parent")
+    for name, value in _whole_parent(runs / "parent").state_dict().items():
+        assert torch.equal(value, merged.state_dict()[name]), name
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
