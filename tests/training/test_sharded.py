@@ -114,9 +114,10 @@ def grown_alone(runs) -> Path:
 def _assert_grown_as_alone(grown_alone: Path, grown: Path, ranks: int) -> None:
     for part in (WEIGHTS, OPTIMIZER):
         _assert_same(_contents(grown_alone / part), _contents(grown / part))
-        # Every rank wrote a share of its own, not one of them all.
-        sizes = [path.stat().st_size for path in (grown / part).glob("*.distcp")]
-        assert len(sizes) == ranks and max(sizes) < 1.3 * min(sizes)
+        # Every rank wrote its rows of every tensor.
+        tensors = [t for t in ShardedFolder(grown / part).index.state_dict_metadata.values() if hasattr(t, "chunks")]
+        assert {len(tensor.chunks) for tensor in tensors if len(tensor.size)} == {ranks}
+        assert len(list((grown / part).glob("*.distcp"))) == ranks
 
 
 def test_growth_on_two_ranks_is_that_on_one_process_bit_for_bit(runs, grown_alone):
