@@ -29,8 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Trainer
 from transformers.trainer import (
     OPTIMIZER_NAME,
@@ -43,11 +42,12 @@ from ..growth.config import GrowthConfig
 from ..growth.grow import grow
 from ..growth.plan import RECORD_KEY, GrowthPlan, GrowthRecord, make_plan
 from ..growth.source import class_and_config, parent_name
-from ..growth.state import check_state_policy, grow_entry, grow_groups, grow_optimizer_state
+from ..growth.state import check_entry, check_state_policy, grow_entry, grow_groups, grow_optimizer_state
 from ..growth.twin import build
 from ..hub.save import save_grown
 from ..training.grown_adamw import set_aside_for_us
 from .parent_state import SCHEDULER_NAMES, SHARDED_OPTIMIZER, ParentState, load_file, read_parent_state
+from .placement import from_rows, rows_of
 from .sharded import ShardedFolder, is_sharded
 
 SHARDED_MODEL = "pytorch_model_fsdp_0"
@@ -156,7 +156,10 @@ def _grow_sharded_weights(folder: Path, plan: GrowthPlan, made: Path) -> GrowthR
     missing = sorted({plan.source_name(name) for name in plan.names} - set(weights))
     if missing:
         raise StateError(f"The weights in {SHARDED_MODEL} lack {len(missing)} of the parent's tensors: {missing[:5]}.")
-    grown = {name: _share(plan.tensor(name).grow(weights[plan.source_name(name)], "weight")) for name in plan.names}
+    mesh = _mesh()
+    grown = {
+        name: _share(plan.tensor(name).grow(weights[plan.source_name(name)], "weight"), mesh) for name in plan.names
+    }
     child = build(plan.model_class, plan.target_config, "meta")
     tied = dict(child.all_tied_weights_keys)
     _save_sharded(
@@ -230,12 +233,23 @@ def _write_sharded_optimizer(state: Mapping[str, Any], plan: GrowthPlan, made: P
             "A sharded checkpoint cannot keep two step counts per tensor for a stock resume. Pass it as warmstart_from to "
             "WarmstartTrainer(state_policy='asymmetric_reset'), or state_policy='carry'."
         )
+    mesh = _mesh()
     grown: dict[str, Any] = {}
     for name in plan.names:
         entry = state["state"].get(plan.source_name(name))
-        if entry:
-            entry = grow_entry(plan, name, entry, state_policy)
-            grown[name] = {key: _share(value, plan.target_shapes[name]) for key, value in entry.items()}
+        if not entry:
+            continue
+        if problems := check_entry(name, entry, tuple(plan.shapes[plan.source_name(name)])):
+            raise StateError("; ".join(problems))
+        shape = plan.target_shapes[name]
+        if mesh is None or not shape:
+            grown[name] = grow_entry(plan, name, entry, state_policy)
+            continue
+        mine = grow_entry(plan, name, entry, state_policy, rows_of(shape, mesh))
+        grown[name] = {
+            key: from_rows(value, shape, mesh) if isinstance(value, torch.Tensor) and value.ndim else value
+            for key, value in mine.items()
+        }
     _save_sharded(
         {"optimizer": {"state": grown, "param_groups": grow_groups(state["param_groups"], plan)}},
         made / SHARDED_OPTIMIZER,
@@ -245,17 +259,18 @@ def _write_sharded_optimizer(state: Mapping[str, Any], plan: GrowthPlan, made: P
 # -- one process or many ----------------------------------------------------------------------------------------------
 
 
-def _share(value: Any, shape: tuple[int, ...] | None = None) -> Any:
+def _mesh() -> DeviceMesh | None:
+    """All ranks in a row; None where there is one process."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def _share(value: torch.Tensor, mesh: DeviceMesh | None) -> torch.Tensor:
     """What this rank keeps of a grown tensor: its rows, where there are several ranks."""
-    several = dist.is_initialized() and dist.get_world_size() > 1
-    if not several or not isinstance(value, torch.Tensor) or value.ndim == 0:
+    if mesh is None or value.ndim == 0:
         return value
-    if shape is not None and tuple(value.shape) != tuple(shape):
-        return value
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    share = distribute_tensor(value, mesh, [Shard(0)], src_data_rank=None).detach()
-    share._local_tensor = share._local_tensor.clone()  # a view would keep the whole tensor in memory
-    return share
+    return from_rows(value[slice(*rows_of(value.shape, mesh))].clone(), value.shape, mesh)
 
 
 def _save_sharded(state: dict[str, Any], folder: Path) -> None:

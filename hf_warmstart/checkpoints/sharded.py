@@ -20,7 +20,15 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from ..errors import StateError
 
@@ -69,7 +77,21 @@ class _SafeReader(dcp.FileSystemReader):
 
 
 class _SafePlanner(DefaultLoadPlanner):
-    """Loads objects with `weights_only=True`."""
+    """Loads objects with `weights_only=True`, and of a tensor some rows where not all are asked for."""
+
+    def __init__(self, first_row: int | None = None):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._first_row = first_row
+
+    def create_local_plan(self) -> LoadPlan:
+        if self._first_row is None:
+            return super().create_local_plan()
+        ((key, rows),) = self.state_dict.items()
+        chunk = ChunkStorageMetadata(torch.Size((self._first_row, *[0] * (rows.ndim - 1))), rows.shape)
+        return LoadPlan(create_read_items_for_chunk_list(key, self.metadata.state_dict_metadata[key], [chunk]))
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        return self.state_dict[index.fqn]
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
         self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
@@ -91,25 +113,33 @@ class ShardedFolder:
         paths = self.index.planner_data or {}
         self.keys = {key: _flat(paths.get(key, (key,))) for key in self.index.state_dict_metadata}
 
-    def read(self, key: str) -> Any:
-        """One tensor, whole, or one object.
+    def read(self, key: str, rows: tuple[int, int] | None = None) -> Any:
+        """One tensor, whole or from one row to another, or one object.
 
         Raises:
             StateError: its file is missing or damaged, or holds more than tensors and numbers.
         """
-        record = self.index.state_dict_metadata[key]
-        whole = isinstance(record, TensorStorageMetadata)
-        state = {key: torch.empty(record.size, dtype=record.properties.dtype) if whole else None}
+        tensor = self.described(key)
+        if tensor is not None and rows is not None:
+            tensor = tensor[slice(*rows)]
+        state = {key: None if tensor is None else torch.empty_like(tensor, device="cpu")}
+        planner = _SafePlanner(None if tensor is None or rows is None else rows[0])
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="torch.distributed is disabled"
-            )  # which is what no_dist asks for
+            # This is what no_dist asks for.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             try:
-                dcp.load(state, storage_reader=self._reader, planner=_SafePlanner(False, False), no_dist=True)
+                dcp.load(state, storage_reader=self._reader, planner=planner, no_dist=True)
             except CheckpointException as fault:
                 causes = "; ".join(str(cause) for cause, _ in fault.failures.values())
                 raise StateError(f"{key} cannot be read from the sharded checkpoint: {causes}") from fault
         return state[key]
+
+    def described(self, key: str) -> torch.Tensor | None:
+        """A tensor of the saved shape and dtype without numbers; None for an object."""
+        record = self.index.state_dict_metadata[key]
+        if not isinstance(record, TensorStorageMetadata):
+            return None
+        return torch.empty(record.size, dtype=record.properties.dtype, device="meta")
 
     def weights(self) -> Weights:
         """The tensors saved under `model`, by parameter name."""
@@ -162,17 +192,41 @@ class Weights(Mapping[str, torch.Tensor]):
         return len(self._keys)
 
 
-class Entries(Mapping[str, dict[str, Any]]):
-    """Optimizer entries of a sharded folder by parameter name, each read when it is asked for."""
+class Entries(Mapping[str, "Entry"]):
+    """Optimizer entries of a sharded folder by parameter name."""
 
     def __init__(self, folder: ShardedFolder, keys: Mapping[str, Mapping[str, str]]):
         self._folder, self._keys = folder, keys
 
-    def __getitem__(self, name: str) -> dict[str, Any]:
-        return {piece: self._folder.read(key) for piece, key in self._keys[name].items()}
+    def __getitem__(self, name: str) -> Entry:
+        return Entry(self._folder, self._keys[name])
 
     def __contains__(self, name: object) -> bool:
-        return name in self._keys  # Mapping's own would read it
+        return name in self._keys
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+class Entry(Mapping[str, Any]):
+    """The state of one parameter, each piece read when it is asked for."""
+
+    def __init__(self, folder: ShardedFolder, keys: Mapping[str, str]):
+        self._folder, self._keys = folder, keys
+
+    def __getitem__(self, piece: str) -> Any:
+        return self._folder.read(self._keys[piece])
+
+    def rows(self, piece: str, start: int, stop: int) -> torch.Tensor:
+        """Some rows of one piece."""
+        return self._folder.read(self._keys[piece], (start, stop))
+
+    def described(self) -> dict[str, torch.Tensor | None]:
+        """Its tensors without their numbers."""
+        return {piece: self._folder.described(key) for piece, key in self._keys.items()}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)

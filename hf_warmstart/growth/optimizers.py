@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 
 from ..errors import StateError, WarmstartError
-from .transform import TensorGrowth
+from .transform import ReadRows, TensorGrowth
 
 # The optimizer of `state_policy="asymmetric_reset"`, by class name.
 GROWN = "GrownAdamW"
@@ -146,17 +146,31 @@ class StateRule:
         keys = set(keys)
         return self.marks <= keys <= set(self.pieces)
 
-    def grow(self, growth: TensorGrowth, entry: Mapping[str, Any]) -> dict[str, Any]:
-        """The entry of the grown parameter."""
+    def grow(
+        self, growth: TensorGrowth, entry: Mapping[str, Any], rows: tuple[int, int] | None = None
+    ) -> dict[str, Any]:
+        """The entry of the grown parameter, or of some of its rows (from one number to another).
+
+        An entry that reads from disk is asked for one piece at a time, and for `entry.rows(key, start, stop)` only.
+        """
         grown: dict[str, Any] = {}
-        for key, value in entry.items():
+        for key in entry:
             kind = self.pieces[key]
+            if rows is not None and kind in ("row", "column"):
+                raise StateError(
+                    f"{growth.name}: {key} averages over an axis that is cut over processes; Adafactor's factored "
+                    "moments exist only in whole. Train without sharding, or pass state_policy='reset'."
+                )
             if kind == "row":
                 column = next(k for k, other in self.pieces.items() if other == "column")
-                grown[key], grown[column] = grow_factored(growth, value, entry[column])
+                grown[key], grown[column] = grow_factored(growth, entry[key], entry[column])
             elif kind in ("first_moment", "second_moment", "update"):
-                grown[key] = growth.grow(value, kind)
+                if rows is None:
+                    grown[key] = growth.grow(entry[key], kind)
+                else:
+                    grown[key] = growth.moment_rows(_reader(entry, key), kind, *rows)
             elif kind == "scalar":
+                value = entry[key]
                 grown[key] = value.clone() if isinstance(value, Tensor) else value
         return {key: grown[key] for key in entry}
 
@@ -171,6 +185,13 @@ class StateRule:
         if kind == "column":
             return (*shape[:-2], 1, shape[-1]) if kept else (*shape[:-2], shape[-1])
         return shape
+
+
+def _reader(entry: Mapping[str, Any], key: str) -> ReadRows:
+    """What reads rows of one piece of an entry."""
+    if hasattr(entry, "rows"):
+        return lambda start, stop: entry.rows(key, start, stop)
+    return lambda start, stop: entry[key][start:stop]
 
 
 def grow_factored(growth: TensorGrowth, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:

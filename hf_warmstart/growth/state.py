@@ -70,13 +70,19 @@ def grow_optimizer_state(
     return {"state": grown, "param_groups": grow_groups(groups, plan)} if whole else grown
 
 
-def grow_entry(plan: GrowthPlan, name: str, entry: Mapping[str, Any], state_policy: str) -> dict[str, Any]:
-    """The optimizer's entry of one of the child's parameters, from that of its source."""
+def grow_entry(
+    plan: GrowthPlan,
+    name: str,
+    entry: Mapping[str, Any],
+    state_policy: str,
+    rows: tuple[int, int] | None = None,
+) -> dict[str, Any]:
+    """The optimizer's entry of one of the child's parameters, or of some of its rows, from that of its source."""
     growth = plan.tensor(name)
     rule = rule_for_entry(entry)
     if rule is None:
         raise StateError(_unknown(name, entry))
-    grown = rule.grow(growth, entry)
+    grown = rule.grow(growth, entry, rows)
     if state_policy == "asymmetric_reset":
         if rule is not RULES[0] or "step" not in entry:
             raise StateError(
@@ -89,6 +95,7 @@ def grow_entry(plan: GrowthPlan, name: str, entry: Mapping[str, Any], state_poli
                 "state_policy='carry' or 'reset'."
             )
         new = torch.ones(growth.shape, dtype=torch.bool) if plan.in_added_layer(name) else growth.new_entries()
+        new = new if rows is None else new[slice(*rows)].clone()
         for key, kind in rule.pieces.items():
             if key in grown and kind != "scalar":
                 grown[key] = grown[key].masked_fill(new.to(grown[key].device), 0.0)
@@ -148,15 +155,18 @@ def check_entry(name: str, entry: Mapping[str, Any], shape: tuple[int, ...]) -> 
     if rule is None:
         return [_unknown(name, entry)] if entry else []
     problems = []
-    for key, value in entry.items():
+    # An entry that reads from disk tells the shapes of its pieces without reading them.
+    described = entry.described() if hasattr(entry, "described") else entry
+    for key, value in described.items():
         if isinstance(value, torch.Tensor) and tuple(value.shape) != (expected := rule.shape(key, shape, value)):
             problems.append(f"{name}: {key} has shape {tuple(value.shape)}, the parent's is {expected}")
     return problems
 
 
 def _unknown(name: str, entry: Mapping[str, Any]) -> str:
+    described = entry.described() if hasattr(entry, "described") else entry
     quantised = any(key.startswith(("qmap", "absmax")) for key in entry) or any(
-        isinstance(value, torch.Tensor) and value.dtype == torch.uint8 for value in entry.values()
+        isinstance(value, torch.Tensor) and value.dtype == torch.uint8 for value in described.values()
     )
     if quantised:
         return (

@@ -12,7 +12,7 @@ columns that read what a residual stream gained. Gradients, and with them first 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -25,6 +25,7 @@ from .maps import SpaceMap, _column
 
 Kind = Literal["weight", "first_moment", "second_moment", "update"]
 Side = Literal["write", "read"]
+ReadRows = Callable[[int, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class TensorGrowth:
         factor: what the tensor takes back of a number in the forward that grows with the sizes.
         fill: the constant that it holds instead (ends of new branches, norms between new layers), or None.
         new_layer: whether the tensor lies in a layer that adds nothing at first.
+        filling: what entries without a source take in a second moment; None for the mean of the others.
     """
 
     layout: TensorLayout
@@ -52,6 +54,7 @@ class TensorGrowth:
     factor: float = 1.0
     fill: float | None = None
     new_layer: bool = False
+    filling: float | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -98,16 +101,48 @@ class TensorGrowth:
         """
         work = tensor.to(_work_dtype(tensor))
         grown = work / self.factor**2
-        for axis, (axis_map, role) in enumerate(zip(self.maps, self.layout.roles, strict=True)):
-            dual = axis_map if role == "read" else axis_map.dual()
-            if role == "read":
-                dual = SpaceMap(dual.n, dual.source, dual.write, dual.read, torch.zeros_like(dual.mean))
-            grown = dual.square().push(grown, axis, "write")
+        for axis, squares in enumerate(self._square_maps()):
+            grown = squares.push(grown, axis, "write")
         unsourced = self._unsourced()
-        if unsourced is not None and not bool(unsourced.all()):
-            unsourced = unsourced.to(tensor.device)
-            grown = torch.where(unsourced, grown[~unsourced].mean(), grown)
+        if unsourced is not None:
+            filling = self._mean_square(work) if self.filling is None else self.filling
+            grown.masked_fill_(unsourced.to(tensor.device), filling)
         return grown.to(tensor.dtype)
+
+    def _square_maps(self) -> list[SpaceMap]:
+        """How a gradient's square grows along each axis."""
+        duals = [m if role == "read" else m.dual() for m, role in zip(self.maps, self.layout.roles, strict=True)]
+        return [SpaceMap(d.n, d.source, d.write**2, d.read**2, torch.zeros_like(d.mean), d.silent) for d in duals]
+
+    def _mean_square(self, work: Tensor) -> float:
+        """The mean of the carried entries of a second moment, from the parent's alone."""
+        total, carried = work.double() / self.factor**2, 1
+        for squares in self._square_maps():
+            shares = torch.zeros(squares.n, dtype=torch.float64)
+            sourced = ~squares.unsourced
+            shares.index_add_(0, squares.source[sourced], squares.write[sourced])
+            total = torch.tensordot(shares.to(total.device), total, dims=([0], [0]))
+            carried *= int(sourced.sum())
+        return float(total) / max(carried, 1)
+
+    def moment_rows(self, read: ReadRows, kind: Kind, start: int, stop: int) -> Tensor:
+        """Rows of a grown moment, made from the parent's rows that they come from.
+
+        Args:
+            read: gives the parent's rows from one number to another. kind: a moment, or an average of steps.
+            start, stop: the rows, of the grown tensor's leading axis.
+        """
+        first = self.maps[0]
+        rows = first.rows(start, stop)
+        filling = None
+        if kind == "second_moment" and self._unsourced() is not None:
+            filling = self._mean_square(read(0, first.n).to(torch.float64))
+        sources = rows.source[~rows.unsourced]
+        low, high = (int(sources.min()), int(sources.max()) + 1) if len(sources) else (0, 1)
+        if bool((first.mean != 0).any()):
+            low, high = 0, first.n
+        part = replace(self, maps=(rows.of_part(low, high), *self.maps[1:]), filling=filling)
+        return part.grow(read(low, high), kind)
 
     def update(self, tensor: Tensor) -> Tensor:
         """An average of steps, grown as the weight that they moved; zero in layers that add nothing at first."""

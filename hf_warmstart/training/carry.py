@@ -1,8 +1,8 @@
 """Putting a grown optimizer state into an optimizer, parameter by parameter, whole or sharded.
 
-Each parameter's entry is read from the parent's checkpoint, grown, and cut to what this process keeps before the next is
-read. Of the state of a sharded optimizer a rank so holds its own share and one tensor. Nothing is sent between ranks:
-each reads what it needs.
+Each parameter's entry is read from the parent's checkpoint and grown piece by piece. Where parameters are cut by rows
+(FSDP2) a process reads the rows that its own rows come from, and makes its own rows only: it never holds more than its share
+and one tensor. Nothing is sent between ranks.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..checkpoints.placement import Rows, from_rows, rows_of_parameter
 from ..errors import StateError
 from ..growth.optimizers import rule_for_entry, rule_for_optimizer
 from ..growth.plan import GrowthPlan
@@ -50,7 +51,6 @@ def load_grown_state(
             entry = entries[source]
             if wrong := check_entry(source, entry, tuple(plan.shapes[source])):
                 raise StateError("; ".join(wrong))
-            grown = grow_entry(plan, name, entry, state_policy)
             if rule_for_entry(entry) is not rule:
                 kept = rule_for_entry(entry)
                 raise StateError(
@@ -58,9 +58,17 @@ def load_grown_state(
                     "cannot use. Pass the parent's optimizer as optim (or optimizer_cls_and_kwargs), or "
                     "state_policy='reset'."
                 )
-            whole["state"][number] = {key: place_like(value, parameter) for key, value in grown.items()}
-            del entry, grown  # before the next is read
+            rows = rows_of_parameter(parameter)
+            grown = grow_entry(plan, name, entry, state_policy, rows)
+            whole["state"][number] = {key: _placed(value, parameter, rows) for key, value in grown.items()}
+            del grown  # before the next is made
     optimizer.load_state_dict(whole)
+
+
+def _placed(value: Any, parameter: Tensor, rows: Rows | None) -> Any:
+    if rows is None or not isinstance(value, Tensor) or value.ndim == 0:
+        return place_like(value, parameter)
+    return from_rows(value.to(parameter.device), parameter.shape, parameter.device_mesh)  # type: ignore[attr-defined]
 
 
 def place_like(value: Any, parameter: Tensor) -> Any:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from hf_warmstart import grow, grow_optimizer_state, plan_growth
 from hf_warmstart.errors import StateError
 from hf_warmstart.growth.optimizers import RULES, grow_factored, rule_for_optimizer
+from hf_warmstart.growth.state import grow_entry
 from hf_warmstart.training import load_grown_state
 
 from ..models import tiny_model
@@ -159,3 +162,45 @@ def test_a_state_of_another_kind_than_the_optimizer_keeps_is_refused(plan):
         load_grown_state(adam, {NAME: moments}, plan, state_policy="asymmetric_reset")
     load_grown_state(adam, {NAME: moments}, plan)
     assert adam.state[dict(child.named_parameters())[NAME]]["exp_avg_sq"].shape == (192, 128)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "growth",
+    [
+        {"width": 2},
+        {"width": 1.5, "width_operator": "uneven_copy"},
+        {"width": 1.5, "width_operator": "reference_slice"},
+        {"depth": 2},
+    ],
+    ids=["copies", "uneven", "slice", "depth"],
+)
+def test_rows_of_a_moment_are_those_of_the_whole_and_come_from_few_of_the_parents(family, growth):
+    plan = plan_growth(tiny_model(family), **growth)
+    fewer = 0
+    for name in plan.names:
+        tensor = plan.tensor(name)
+        parent = torch.rand(plan.shapes[plan.source_name(name)], generator=torch.Generator().manual_seed(1))
+        read = []
+
+        def rows(start, stop, parent=parent, read=read):
+            read.append(stop - start)
+            return parent[start:stop]
+
+        length = tensor.shape[0]
+        cuts = [0, length // 3, length // 2, length]
+        for kind in ("first_moment", "second_moment", "update"):
+            parts = [tensor.moment_rows(rows, kind, a, b) for a, b in itertools.pairwise(cuts)]
+            assert torch.equal(torch.cat(parts), tensor.grow(parent, kind)), (name, kind)
+            assert tensor.moment_rows(rows, kind, 2, 2).shape == (0, *tensor.shape[1:])
+        fewer += max(read[:3]) < len(parent)
+    assert fewer > 0
+
+
+def test_factored_moments_are_refused_by_rows():
+    plan = plan_growth(tiny_model("llama"), width=2)
+    name = "model.layers.0.mlp.up_proj.weight"
+    rows, columns = plan.shapes[name]
+    entry = {"step": torch.tensor(1.0), "row_var": torch.ones(rows, 1), "col_var": torch.ones(1, columns)}
+    with pytest.raises(StateError, match="averages over an axis that is cut"):
+        grow_entry(plan, name, entry, "carry", (0, 4))

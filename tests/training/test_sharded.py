@@ -219,8 +219,9 @@ def test_merged_weights_make_the_checkpoint_one_that_from_pretrained_loads(runs,
 def test_a_rank_holds_its_share_and_one_tensor(tmp_path):
     """By the allocator's record on a rank of two, while the whole checkpoint is grown and while a state is loaded.
 
-    One parameter is grown at a time, which takes up to four times its tensor: the parent's, both moments and the arithmetic.
-    DCP's ranks exchange their plans, some kB for each tensor whatever its size.
+    A state is grown by pieces and rows: what is not kept yet is the parent's rows and the arithmetic on them. Weights are
+    grown whole, with up to four times a tensor, while no state is held yet. DCP's ranks exchange their plans, some kB for
+    each tensor whatever its size.
     """
     arguments = {
         "parent": str(tmp_path / "deep"),
@@ -233,12 +234,11 @@ def test_a_rank_holds_its_share_and_one_tensor(tmp_path):
     assert share == pytest.approx(found["whole"] / 2, rel=0.01)
     assert state == pytest.approx(2 * share, rel=0.01)
     assert share > 20 * tensor
-    one = 4 * tensor
     plans = 4000 * found["tensors"]
-    assert found["peaks"]["loading weights"] < one
-    assert state < found["peaks"]["loading state"] < state + one
-    assert state < found["peaks"]["growing"] < state + one + plans
-    assert one + plans < 0.2 * state
+    assert found["peaks"]["loading weights"] < 4 * tensor
+    assert state < found["peaks"]["loading state"] < state + tensor
+    assert state < found["peaks"]["growing"] < state + tensor + plans
+    assert 4 * tensor + plans < 0.2 * state
 
 
 # -- nothing is executed ----------------------------------------------------------------------------------------------
