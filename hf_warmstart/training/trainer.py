@@ -99,6 +99,7 @@ class WarmstartTrainer(Trainer):
         self._data_place: list[int] | None = None
         self._stream_skip = 0
         self._factors: dict[str, Factors] | None = None
+        self._made_optimizer = self._starts_warm = False
         self._saving = False
         if warmstart_from is not None and model is not None:
             _last_record(model)
@@ -124,6 +125,12 @@ class WarmstartTrainer(Trainer):
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise StateError(f"{self.args.output_dir} holds no complete checkpoint. Call train() to start anew.")
+        # A loop that starts over with smaller batches (auto_find_batch_size) starts from the parent as well.
+        self._starts_warm = (
+            not resume_from_checkpoint
+            and self.warmstart_from is not None
+            and (self.model_init is not None or not self._has_optimizer_state())
+        )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # -- the warm start -------------------------------------------------------------------------------------------
@@ -132,10 +139,10 @@ class WarmstartTrainer(Trainer):
         self, batch_size=None, args=None, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None
     ):
         # The parent is read before anything is made: a fault in its checkpoint costs nothing.
-        self._start = None
+        self._start, self._schedule_start = None, 0
         if resume_from_checkpoint is not None:
             self._read_own_state(resume_from_checkpoint)
-        elif self.warmstart_from is not None and not self._has_optimizer_state():
+        elif self._starts_warm:
             self._start = self._read_parent(self.warmstart_from)
             self.parent_state = self._start[0]
         return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval)
@@ -209,19 +216,24 @@ class WarmstartTrainer(Trainer):
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """The stock optimizer with its parameters' names; `GrownAdamW` or other groups where the arguments ask for them."""
-        given = self.optimizer is not None
+        made = self.optimizer is None
+        self._made_optimizer = self._made_optimizer or made
         target = model if model is not None else self.model
-        if not given and self._option("state_policy") == "asymmetric_reset" and self.optimizer_cls_and_kwargs is None:
+        classes = self.optimizer_cls_and_kwargs
+        if made and self._option("state_policy") == "asymmetric_reset" and classes is None:
             self.optimizer_cls_and_kwargs = self._grown_adamw(target)
-        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        try:
+            optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        finally:
+            self.optimizer_cls_and_kwargs = classes  # another trial of a search has another learning rate
         names = {id(p): name for name, p in target.named_parameters()}
         coordinates, transfer = self._option("parent_coordinates"), self._option("learning_rate_transfer")
-        if given and (transfer or coordinates and self._factors is None):
+        if not self._made_optimizer and (transfer or coordinates):
             raise WarmstartError(
                 "parent_coordinates and learning_rate_transfer make their own parameter groups; pass no optimizer beside them."
             )
         # A new optimizer has no state yet, so its groups can simply be others.
-        if coordinates and self._factors is None:
+        if made and coordinates:
             if self.args.max_steps > LONG_DIAGNOSTIC:
                 warnings.warn(
                     f"parent_coordinates is a diagnostic: for {self.args.max_steps} steps this model costs its own "
@@ -230,7 +242,7 @@ class WarmstartTrainer(Trainer):
                 )
             self._factors = coordinate_factors(self._plan())
             optimizer.param_groups[:] = coordinate_groups(optimizer, names, self._factors)
-        elif transfer:
+        elif made and transfer:
             optimizer.param_groups[:] = transferred_groups(optimizer, names, self._plan())
         for group in optimizer.param_groups:
             group["param_names"] = [names[id(parameter)] for parameter in group["params"]]
