@@ -1,9 +1,12 @@
-"""`WarmstartTrainer` without a warm start is `Trainer`: the same run, the same log, the same files, the same resume.
+"""`WarmstartTrainer` is `Trainer`: the same run, the same log, the same files, the same resume.
 
 `CASES` lists the behaviours. Each runs with the stock `Trainer` and with ours, on the same grown model. A case with
 `stop` is stopped after that step and resumed by a new trainer, with `resume_from_checkpoint=True`, whose model has other
 weights; the stock `Trainer` also resumes what ours wrote. Compared are everything that was logged, the order of the
 callbacks' events, the state of the trainer, the learning rates, the weights, and every file that was written.
+
+`WARM_CASES` do the same for warm starts: the stock `Trainer` resumes from what `grow_checkpoint` made of the parent's
+checkpoint, ours starts from the checkpoint itself.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import gc
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,8 @@ from transformers import (
 from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKENDS
 from transformers.trainer_utils import BestRun
 
-from hf_warmstart import WarmstartTrainer, WarmstartTrainingArguments, grow
+from hf_warmstart import WarmstartTrainer, WarmstartTrainingArguments, grow, grow_checkpoint
+from hf_warmstart.growth.plan import RECORD_KEY
 from hf_warmstart.training.trainer import STATE_NAME
 
 from ..models import some_tokens, tiny_model
@@ -452,3 +456,144 @@ def test_a_run_is_the_stock_trainers(case, tmp_path, monkeypatch):
         ours = play("ours", case, tmp_path / "ours", monkeypatch, half)
         assert stock["events"], "nothing happened"
         assert differences(stock, ours) == []
+
+
+# -- warm starts ------------------------------------------------------------------------------------------------------
+
+PARENT_STEPS, WARM_STEPS = 5, 6
+WARM_CASES = [
+    *[case(f"{kind}_schedule", lr_scheduler_type=kind, lr_scheduler_kwargs=options) for kind, options in SCHEDULES],
+    *[case(kind, optim=kind) for kind in ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd")],
+    case("accumulation", gradient_accumulation_steps=2),
+    case("tight_clipping", max_grad_norm=0.01),
+    case("bf16", bf16=True),
+    case("stream", data=Stream),
+    case("batch_size_found", prepare=full_above_two, per_device_train_batch_size=4, auto_find_batch_size=True),
+]
+
+
+def trained(trainer_class, arguments_class, case: Case, model, folder: Path, steps: int, start=None, **given):
+    """A trainer that has run."""
+    case.prepare(model)
+    own = {"train_sampling_strategy": "sequential", "save_steps": PARENT_STEPS}
+    arguments = arguments_class(str(folder), **copy.deepcopy(COMMON | own | case.options | {"max_steps": steps}))
+    trainer = trainer_class(model, arguments, default_data_collator, case.data(), **given)
+    trainer.train(resume_from_checkpoint=start)
+    return trainer
+
+
+@pytest.mark.parametrize("case", WARM_CASES)
+def test_a_warm_start_is_the_stock_trainers_resume_of_the_grown_checkpoint(case, tmp_path, monkeypatch):
+    # Without dropout and in sequential order, random numbers play no part: a resume restores its parent's.
+    parent = tiny_model("llama", **TINY | {"attention_dropout": 0.0})
+    trained(Trainer, TrainingArguments, case, parent, tmp_path / "parent", PARENT_STEPS + WARM_STEPS)
+    checkpoint, made = tmp_path / "parent" / f"checkpoint-{PARENT_STEPS}", tmp_path / "made"
+    grow_checkpoint(checkpoint, made, width=2, width_operator="uneven_copy")
+
+    def child():
+        return type(parent).from_pretrained(made)
+
+    from_the_start = replace(case, options=case.options | {"ignore_data_skip": True})
+    stock = trained(
+        Trainer,
+        TrainingArguments,
+        from_the_start,
+        child(),
+        tmp_path / "stock",
+        PARENT_STEPS + WARM_STEPS,
+        start=str(made),
+    )
+    ours = trained(
+        WarmstartTrainer,
+        WarmstartTrainingArguments,
+        case,
+        child(),
+        tmp_path / "ours",
+        WARM_STEPS,
+        warmstart_from=checkpoint,
+    )
+    told = [
+        [(row["loss"], row["grad_norm"], row["learning_rate"]) for row in trainer.state.log_history if "loss" in row]
+        for trainer in (stock, ours)
+    ]
+    assert len(told[1]) == WARM_STEPS
+    assert told[0][-WARM_STEPS:] == told[1]
+    assert differences(stock.model.state_dict(), ours.model.state_dict()) == []
+    assert differences(plain(stock.optimizer.state_dict()), plain(ours.optimizer.state_dict())) == []
+    assert plain(stock.lr_scheduler.state_dict())["last_epoch"] == ours.lr_scheduler.state_dict()["last_epoch"]
+
+
+def test_a_second_training_is_the_stock_trainers_second_training(tmp_path):
+    """It goes on with the optimizer, and begins a schedule over its own steps."""
+    parent = tiny_model("llama", **TINY)
+    checkpoint = tmp_path / "parent" / f"checkpoint-{PARENT_STEPS}"
+    trained(Trainer, TrainingArguments, Case({}), parent, tmp_path / "parent", PARENT_STEPS)
+    stock = trained(Trainer, TrainingArguments, Case({}), fresh(), tmp_path / "stock", WARM_STEPS)
+    stock.train()
+    model = grow(type(parent).from_pretrained(checkpoint), width=2)
+    ours = trained(
+        WarmstartTrainer,
+        WarmstartTrainingArguments,
+        Case({}),
+        model,
+        tmp_path / "ours",
+        WARM_STEPS,
+        warmstart_from=checkpoint,
+    )
+    ours.train()
+    assert _rates(ours) == _rates(stock)
+    assert {float(entry["step"]) for entry in ours.optimizer.state.values()} == {PARENT_STEPS + 2 * WARM_STEPS}
+
+
+def _rates(trainer: Trainer) -> list[float]:
+    return [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
+
+
+@pytest.mark.parametrize("options", [{"state_policy": "asymmetric_reset"}, {"learning_rate_transfer": "mup"}, {}])
+def test_each_trial_of_a_search_warm_starts_with_its_own_learning_rate(options, tmp_path, monkeypatch):
+    monkeypatch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, "optuna", TwoTrials)
+    monkeypatch.setattr("transformers.integrations.integration_utils.hp_params", lambda trial: trial.params)
+    parent, steps = tiny_model("llama", **TINY), []
+    checkpoint = tmp_path / "parent" / f"checkpoint-{PARENT_STEPS}"
+    trained(Trainer, TrainingArguments, Case({}), parent, tmp_path / "parent", PARENT_STEPS)
+
+    class Steps(TrainerCallback):
+        def on_train_end(self, args, state, control, optimizer, **kwargs):
+            group = optimizer.param_groups[0]
+            steps.append((group["initial_lr"], {float(entry["step"]) for entry in optimizer.state.values()}))
+
+    trainer = WarmstartTrainer(
+        args=WarmstartTrainingArguments(str(tmp_path / "ours"), **COMMON, **options),
+        data_collator=default_data_collator,
+        train_dataset=rows(EXAMPLES),
+        eval_dataset=rows(4),
+        model_init=lambda trial: grow(type(parent).from_pretrained(checkpoint), width=2),
+        warmstart_from=checkpoint,
+        callbacks=[Steps()],
+    )
+    search(trainer)
+    factor = steps[0][0] / 1e-3
+    assert [rate for rate, _ in steps] == pytest.approx([1e-3 * factor, 1e-2 * factor])
+    assert [count for _, count in steps] == [{PARENT_STEPS + COMMON["max_steps"]}] * 2
+
+
+def test_a_second_training_keeps_the_groups_of_a_transferred_rate(tmp_path):
+    options = {"learning_rate_transfer": "mup"}
+    trainer = trained(WarmstartTrainer, WarmstartTrainingArguments, Case(options), fresh(), tmp_path, WARM_STEPS)
+    groups = [group["param_names"] for group in trainer.optimizer.param_groups]
+    first = _rates(trainer)
+    trainer.train()
+    assert [group["param_names"] for group in trainer.optimizer.param_groups] == groups
+    assert _rates(trainer) == first
+
+
+def test_reports_show_the_growth_in_the_models_config(tmp_path):
+    """Integrations report `model.config.to_dict()`, as TensorBoard's and others do, when training begins."""
+    seen = []
+
+    class Report(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            seen.append(json.loads(model.config.to_json_string()))
+
+    trained(WarmstartTrainer, WarmstartTrainingArguments, Case({}), fresh(), tmp_path, 1, callbacks=[Report()])
+    assert [record["growth_config"]["width"] for record in seen[0][RECORD_KEY]] == [2]
