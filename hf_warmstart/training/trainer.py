@@ -142,7 +142,7 @@ class WarmstartTrainer(Trainer):
         self._start, self._schedule_start = None, 0
         if resume_from_checkpoint is not None:
             self._read_own_state(resume_from_checkpoint)
-        elif self._starts_warm:
+        elif self._starts_warm and self.warmstart_from is not None:
             self._start = self._read_parent(self.warmstart_from)
             self.parent_state = self._start[0]
         return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval)
