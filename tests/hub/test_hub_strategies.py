@@ -41,6 +41,7 @@ def test_a_strategy_pushes_the_stock_trainers_files(strategy, grown, hub, tmp_pa
         trainer.push_to_hub()
     stock, ours = (hub.repos[f"user/{repo}"].find("main").files for repo in ("stock", "ours"))
     assert {name for name in ours if not name.endswith(STATE_NAME)} == {*stock}
+    assert not any("checkpoint-9" in name for name in ours)
     assert ours["model.safetensors"] == stock["model.safetensors"]
     if strategy in ("all_checkpoints", "checkpoint"):
         folder = "checkpoint-4" if strategy == "all_checkpoints" else "last-checkpoint"
