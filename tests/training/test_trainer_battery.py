@@ -312,7 +312,13 @@ CASES = [
     case("bf16", stop=3, bf16=True),
     case("activation_checkpointing", stop=3, activation_checkpointing=True),
     case("full_determinism", pytest.mark.slow, stop=3, full_determinism=True),
-    case("compiled", pytest.mark.slow, stop=3, torch_compile=True),
+    case(
+        "compiled",
+        pytest.mark.slow,
+        pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+        stop=3,
+        torch_compile=True,
+    ),
     # how training is called
     case("trained_twice", train=train_twice),
     case("model_init", trainer=lambda model: {"model": None, "model_init": lambda: fresh()}, train=train_twice),
