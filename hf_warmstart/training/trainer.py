@@ -20,12 +20,11 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput, has_length, sort_checkpoints
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_utils import TrainOutput, has_length
 
 from .._compat import load_checkpoint_weights
-from ..checkpoints.complete import STAGING, clear_staging, discard, last_whole_checkpoint, publish, rotate
 from ..checkpoints.parent_state import ParentState, read_parent_state
 from ..errors import StateError, WarmstartError
 from ..growth.config import GrowthConfig
@@ -45,20 +44,16 @@ from .carry import load_grown_state
 from .data_position import ContinuedSampler, place_in_data, samples_seen
 from .grown_adamw import GROWN_NAME, GrownAdamW, set_aside_for_us
 from .schedules import check_decays, place_schedule, ramp_schedule, starting_position
+from .whole_checkpoints import WholeCheckpointsTrainer
 
 STATE_NAME = "warmstart_state.json"
 LONG_DIAGNOSTIC = 1000
 
 
-class WarmstartTrainer(Trainer):
+class WarmstartTrainer(WholeCheckpointsTrainer):
     """A `Trainer` for grown models.
 
-    A folder `checkpoint-N` is always complete: it is written below `_saving` and renamed when its last file is, and renamed
-    away before it is deleted (`save_total_limit`). Whatever reads checkpoints finds whole ones, also after a SIGKILL, and a
-    run that is resumed from the last of them ends as one that was never stopped. Where a checkpoint is written once more, a
-    kill between two renames leaves neither the old one nor the new. A machine that loses power may lose what the system had
-    not yet written to disk. `train(resume_from_checkpoint=True)` skips, with a warning, the unfinished checkpoint that a
-    stock `Trainer` left.
+    A folder `checkpoint-N` is always complete, also after a SIGKILL: see `WholeCheckpointsTrainer`.
 
     Args:
         model: a grown model (from `grow`, or loaded from where one was saved).
@@ -100,7 +95,6 @@ class WarmstartTrainer(Trainer):
         self._stream_skip = 0
         self._factors: dict[str, Factors] | None = None
         self._made_optimizer = self._starts_warm = False
-        self._saving = False
         if warmstart_from is not None and model is not None:
             _last_record(model)
             if not Path(warmstart_from).is_dir():
@@ -120,11 +114,7 @@ class WarmstartTrainer(Trainer):
         return make_plan(type(self.model), config, GrowthConfig.from_dict(record.growth_config))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train; with `resume_from_checkpoint=True` from the last checkpoint in `output_dir` that is complete."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise StateError(f"{self.args.output_dir} holds no complete checkpoint. Call train() to start anew.")
+        """Train: from the parent's state where this run is a new one, else from its own."""
         # A loop that starts over with smaller batches (auto_find_batch_size) starts from the parent as well.
         self._starts_warm = (
             not resume_from_checkpoint
@@ -336,60 +326,6 @@ class WarmstartTrainer(Trainer):
             for group, part in zip(self.optimizer.param_groups, names, strict=False):
                 if part is not None:
                     group["param_names"] = part
-
-    # -- checkpoints ----------------------------------------------------------------------------------------------
-
-    def _get_output_dir(self, trial) -> str:
-        run_dir: str = super()._get_output_dir(trial)
-        return os.path.join(run_dir, STAGING) if self._saving else run_dir
-
-    def _save_checkpoint(self, model, trial) -> None:
-        """Write a checkpoint below the staging folder and move it to its place; then push, then delete old ones."""
-        run_dir, name = self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        first_of_node = self.args.local_process_index == 0
-        if first_of_node:
-            clear_staging(run_dir)
-        self.accelerator.wait_for_everyone()
-        best_so_far = self.state.best_model_checkpoint
-        self._saving = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._saving = False
-        self.state.best_model_checkpoint = self._best_checkpoint(run_dir, best_so_far)
-        if self.args.should_save:
-            self.state.save_to_json(os.path.join(run_dir, STAGING, name, TRAINER_STATE_NAME))
-        # A checkpoint is whole when all processes have written their files.
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            publish(run_dir, name)
-        self.accelerator.wait_for_everyone()
-        if first_of_node and Path(run_dir, STAGING, name).is_dir():
-            publish(run_dir, name)  # on a disk of this node's own
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(os.path.join(run_dir, name))
-        if self.args.should_save:
-            rotate(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
-
-    def _best_checkpoint(self, run_dir: str, known: str | None) -> str | None:
-        """The path of the best checkpoint, which may be the one that is being written."""
-        if not self.state.best_global_step or self.args.save_strategy == SaveStrategy.NO:
-            return known
-        best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
-        return best if self.state.best_global_step == self.state.global_step or os.path.exists(best) else known
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._saving:
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _finalize_training(self, trial, num_train_samples, start_time) -> TrainOutput:
-        # At its end Trainer deletes what save_total_limit=1 does not keep, file by file.
-        best = self.state.best_model_checkpoint
-        if self.args.should_save and best is not None and self.args.save_total_limit == 1:
-            for checkpoint in sort_checkpoints(self._get_output_dir(trial)):
-                if not os.path.samefile(checkpoint, best):
-                    discard(checkpoint)
-        return super()._finalize_training(trial, num_train_samples, start_time)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         with self._names_as_files_have_them():
