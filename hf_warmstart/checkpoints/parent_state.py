@@ -10,7 +10,8 @@
 
 An optimizer without names numbers its parameters; their order is that of its groups. Known are `Trainer`'s groups (decayed
 parameters, then all others), one group of all, and the `no_decay` groups of transformers' own accelerate examples, each in
-the order of `named_parameters`. The one whose counts and shapes fit is taken.
+the order of `named_parameters`; of the parameters that the child trains, else of all. The one whose counts and shapes fit is
+taken.
 """
 
 from __future__ import annotations
@@ -170,22 +171,25 @@ def name_optimizer_state(saved: Mapping[str, Any], model: nn.Module, decay_names
         StateError: counts or shapes are not the model's.
     """
     groups = saved["param_groups"]
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = dict(model.named_parameters())
     if any(isinstance(name, str) for name in saved["state"]):
         named = dict(saved)
-        _check_named(named, trainable, model)
+        _check_named(named, parameters, model)
         return named
     if all("param_names" in group for group in groups):
         candidates = [[list(group["param_names"]) for group in groups]]
     else:
-        candidates = _orders(list(trainable), decay_names)
+        # What the child trains, the parent is most likely to have trained; else it trained everything.
+        trainable = [name for name, p in parameters.items() if p.requires_grad]
+        pools = [trainable] if len(trainable) == len(parameters) else [trainable, list(parameters)]
+        candidates = [names for pool in pools for names in _orders(pool, decay_names)]
     counts = [len(group["params"]) for group in groups]
     faults: list[str] = []
     for names in candidates:
         if [len(part) for part in names] == counts:
             named = _named(saved, names)
             try:
-                _check_named(named, trainable, model)
+                _check_named(named, parameters, model)
             except StateError as fault:
                 faults.append(str(fault))
             else:
@@ -225,13 +229,13 @@ def _named(saved: Mapping[str, Any], names: list[list[str]]) -> dict[str, Any]:
     }
 
 
-def _check_named(named: Mapping[str, Any], trainable: Mapping[str, nn.Parameter], model: nn.Module) -> None:
+def _check_named(named: Mapping[str, Any], parameters: Mapping[str, nn.Parameter], model: nn.Module) -> None:
     """Names are the model's; and shapes, where the entries lie in memory (others are checked when they are read)."""
     names = {name for group in named["param_groups"] for name in group.get("params") or []} | set(named["state"])
-    wrong = [f"{name} is no trainable parameter of the parent" for name in sorted(names - set(trainable))]
+    wrong = [f"{name} is no parameter of the parent" for name in sorted(names - set(parameters))]
     if isinstance(named["state"], dict):
-        for name in sorted(set(named["state"]) & set(trainable)):
-            wrong += check_entry(name, named["state"][name], tuple(trainable[name].shape))
+        for name in sorted(set(named["state"]) & set(parameters)):
+            wrong += check_entry(name, named["state"][name], tuple(parameters[name].shape))
     if wrong:
         raise StateError(
             f"The optimizer file does not fit the parent {type(model).__name__}:\n{collect(wrong)}\n"

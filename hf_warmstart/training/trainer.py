@@ -150,13 +150,7 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
             optimizer=self._option("state_policy") != "reset",
             scheduler=self._option("schedule_policy") == "continue",
         )
-        plan = self._plan(state.config)
-        recorded = _last_record(self.model).changes
-        if plan.changes != recorded:
-            raise StateError(
-                f"The checkpoint {Path(folder).name} is not of this model's parent: growing its config "
-                f"changes {plan.changes}, the model's record says {recorded}. Pass the checkpoint that was grown."
-            )
+        plan = self._plan_from(state.config)
         if self._option("data_policy") == "continue":
             if has_length(self.train_dataset):
                 place = place_in_data(state.trainer, len(self.train_dataset), self.args.world_size)
@@ -183,9 +177,29 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
                 place_schedule(self.lr_scheduler, self._schedule_start, self.args.lr_scheduler_type)
         return prepared
 
+    def _plan_from(self, config: PreTrainedConfig | None) -> GrowthPlan:
+        """The growth from a checkpoint's own config.
+
+        Raises:
+            StateError: it does not lead to this model.
+        """
+        plan, recorded = self._plan(config), _last_record(self.model).changes
+        tied = set(self.model.all_tied_weights_keys)
+        shapes = {n: tuple(tensor.shape) for n, tensor in self.model.state_dict().items() if n not in tied}
+        if plan.changes != recorded:
+            differing = f"growing its config changes {plan.changes}, the model's record says {recorded}"
+        elif shapes != {name: tuple(shape) for name, shape in plan.target_shapes.items()}:
+            differing = "grown, it has other tensors than the model (another number of layers, another vocabulary)"
+        else:
+            return plan
+        name = Path(self.warmstart_from or "").name
+        raise StateError(
+            f"The checkpoint {name} is not of this model's parent: {differing}. Pass the checkpoint that was grown."
+        )
+
     def _parent_on_meta(self, config: PreTrainedConfig | None) -> nn.Module:
         """The parent without weights, its parameters frozen where those of the child are."""
-        plan = self._plan(config)
+        plan = self._plan_from(config)
         parent = build(type(self.model), plan.source_config, "meta")
         trainable = {plan.source_name(name) for name, p in self.model.named_parameters() if p.requires_grad}
         for name, parameter in parent.named_parameters():

@@ -128,6 +128,32 @@ def test_frozen_parameters_of_the_parent_have_no_state_and_stay_frozen(base, tmp
     assert {float(entry["step"]) for entry in trainer.optimizer.state.values()} == {5.0}
 
 
+def test_what_the_child_freezes_leaves_its_state_behind(base, tmp_path):
+    """The parent trained everything, in a file without names."""
+    child = grow(AutoModelForCausalLM.from_pretrained(base), width=2)
+    child.model.embed_tokens.weight.requires_grad_(False)
+    trainer = warmstart_trainer(child, tmp_path, 2, blocks(20, 2), warmstart_from=base)
+    trainer.train()
+    assert {float(entry["step"]) for entry in trainer.optimizer.state.values()} == {22.0}
+    assert len(trainer.optimizer.state) == len(list(child.parameters())) - 1
+
+
+def test_what_the_child_unfreezes_starts_fresh_beside_what_was_carried(base, tmp_path):
+    """The parent's file must have names: without them nothing says which of its parameters were frozen."""
+    parent = AutoModelForCausalLM.from_pretrained(base)
+    parent.model.embed_tokens.weight.requires_grad_(False)
+    named = warmstart_trainer(parent, tmp_path / "named", 3, blocks(0, 3))
+    named.train()
+    child = grow(parent, width=2)
+    child.model.embed_tokens.weight.requires_grad_(True)
+    checkpoint = tmp_path / "named" / "checkpoint-3"
+    trainer = warmstart_trainer(child, tmp_path / "child", 2, blocks(3, 2), warmstart_from=checkpoint)
+    trainer.train()
+    steps = {name: float(trainer.optimizer.state[p]["step"]) for name, p in child.named_parameters()}
+    assert steps.pop("model.embed_tokens.weight") == 2.0
+    assert set(steps.values()) == {5.0}
+
+
 # -- bad input ----------------------------------------------------------------------------------------------------
 
 
@@ -186,10 +212,11 @@ def test_an_optimizer_file_of_another_class_is_refused_by_count(base, tmp_path):
         _start(base, checkpoint, tmp_path / "out")
 
 
-def test_a_checkpoint_of_another_size_is_refused(base, tmp_path):
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": 3}, {"num_hidden_layers": 1}, {"hidden_size": 32}], ids=str)
+def test_a_checkpoint_of_another_size_is_refused(changes, base, tmp_path):
     other = tmp_path / "other"
-    stock_trainer(tiny_model("llama", num_hidden_layers=3), other, 2, blocks(0, 2)).train()
-    with pytest.raises(WarmstartError):
+    stock_trainer(tiny_model("llama", **changes), other, 2, blocks(0, 2)).train()
+    with pytest.raises(StateError, match="is not of this model's parent"):
         _start(base, other / "checkpoint-2", tmp_path / "out")
 
 
