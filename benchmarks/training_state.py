@@ -229,7 +229,7 @@ def _carry(parent: Parent, source: str, folder: Path) -> Cell:
     state = parent.read(folder, "carry")
     assert state.optimizer is not None and state.step == state.scheduler_step == FIRST_STEPS
     child = parent.start_child()
-    load_grown_state(child[1][0], state.optimizer["state"], parent.plan)
+    load_grown_state(child[1][0], state.optimizer, parent.plan)
     parent.children[source] = child
     return Cell("defined")
 
@@ -242,7 +242,7 @@ def _asymmetric_reset(parent: Parent, folder: Path) -> Cell:
         child = apply_plan(parent.run.model, parent.plan)
     optimizer = GrownAdamW(child.parameters(), lr=LEARNING_RATE)
     name_groups(child, optimizer)
-    load_grown_state(optimizer, state.optimizer["state"], parent.plan, state_policy="asymmetric_reset")
+    load_grown_state(optimizer, state.optimizer, parent.plan, state_policy="asymmetric_reset")
     for entry in optimizer.state.values():
         for moment in (entry["exp_avg"], entry["exp_avg_sq"]):
             assert not moment[entry["new"]].any() and float(entry["born"]) == FIRST_STEPS

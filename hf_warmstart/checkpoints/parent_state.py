@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,7 @@ from ..growth.state import check_entry
 from .sharded import ShardedFolder, is_sharded
 
 SHARDED_OPTIMIZER = "optimizer_0"
+OWN_STATE = "warmstart_state.json"  # where a run of `WarmstartTrainer` says how it started
 SCHEDULER_NAMES = (SCHEDULER_NAME, "scheduler.bin")
 NO_DECAY = ("bias", "LayerNorm.weight", "layer_norm.weight")
 
@@ -50,6 +52,7 @@ class ParentState:
             The inner mapping may read each entry from disk when it is asked for.
         scheduler_step: the position of its learning rate schedule; None if there is no scheduler file.
         trainer: what `trainer_state.json` holds; empty without one.
+        own: what `warmstart_state.json` holds, where the parent was trained by a `WarmstartTrainer`.
     """
 
     config: PreTrainedConfig | None
@@ -57,6 +60,7 @@ class ParentState:
     optimizer: dict[str, Any] | None
     scheduler_step: int | None
     trainer: Mapping[str, Any] = field(default_factory=dict)
+    own: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def eval_loss(self) -> float | None:
@@ -122,7 +126,8 @@ def read_parent_state(
         # accelerate moves a schedule once for each process at every step.
         processes = len(list(folder.glob("random_states_*.pkl")))
         position = step if position == step * processes else position
-    return ParentState(config, step, named, position, trainer)
+    own = json.loads((folder / OWN_STATE).read_text()) if (folder / OWN_STATE).is_file() else {}
+    return ParentState(config, step, named, position, trainer, own)
 
 
 def load_file(path: Path | None) -> dict[str, Any]:
@@ -193,6 +198,7 @@ def name_optimizer_state(saved: Mapping[str, Any], model: nn.Module, decay_names
             except StateError as fault:
                 faults.append(str(fault))
             else:
+                _warn_of_guess(named, parameters, groups)
                 return named
     if faults:
         raise StateError(faults[0])
@@ -201,6 +207,20 @@ def name_optimizer_state(saved: Mapping[str, Any], model: nn.Module, decay_names
         f"{[len(part) for part in candidates[0]]} (decayed, not decayed). It belongs to another model, to one with frozen "
         "parameters or to other groups; pass the right checkpoint, or state_policy='reset'."
     )
+
+
+def _warn_of_guess(
+    named: Mapping[str, Any], parameters: Mapping[str, nn.Parameter], groups: Sequence[Mapping]
+) -> None:
+    """Say which parameters a file without names is taken to be of, where they are not all."""
+    held = {name for group in named["param_groups"] for name in group["params"]}
+    if len(held) < len(parameters) and not all("param_names" in group for group in groups):
+        warnings.warn(
+            f"The optimizer file has no names and is of {len(held)} of {len(parameters)} parameters. They are taken to be "
+            f"those that the child trains; if the parent froze others, its moments would go to the wrong ones. Left out: "
+            f"{sorted(set(parameters) - held)[:5]} ...",
+            stacklevel=2,
+        )
 
 
 def _orders(names: list[str], decay_names: list[str]) -> list[list[list[str]]]:

@@ -255,6 +255,15 @@ def rule_for_entry(entry: Mapping[str, Any]) -> StateRule | None:
     return next((rule for rule in RULES if rule.fits(entry)), None)
 
 
+def same_buffers(groups: Iterable[Mapping[str, Any]], optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a state's groups are of an optimizer that averages as this one does.
+
+    SGD's buffer is a sum of gradients and Muon's an average, `1 / (1 - momentum)` apart, under one name; Muon's groups tell.
+    """
+    muon = [any("ns_steps" in group for group in side) for side in (groups, optimizer.param_groups)]
+    return muon[0] == muon[1]
+
+
 def class_key(optimizer: torch.optim.Optimizer) -> str:
     """An optimizer's class as the rules name it: two of them are called Adafactor."""
     kind = type(optimizer)

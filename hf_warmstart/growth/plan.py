@@ -132,12 +132,19 @@ class GrowthPlan:
             return name
         return template.replace("{i}", str(self.layer_maps[stack.attribute].source[layer]))
 
-    def in_added_layer(self, name: str) -> bool:
-        """Whether one of the child's tensors lies in a layer that the growth added: all but the first run of a source."""
-        _, stack, layer = self.layout.template(name)
+    def is_added(self, name: str) -> bool:
+        """Whether one of the child's tensors is the growth's own: in a layer that adds nothing, or in a further run of a layer.
+
+        In a run of post-norm layers that add nothing the last one holds the old layer's final norm, and the others new ones.
+        """
+        template, stack, layer = self.layout.template(name)
         if stack is None:
             return False
         layers = self.layer_maps[stack.attribute]
+        if stack.post_norms and template in stack.post_norms[-1]:
+            followed = layer + 1 < layers.after and layers.gated[layer + 1]
+            if followed or layers.gated[layer]:
+                return followed
         kept = [s for s, gated in zip(layers.source[:layer], layers.gated[:layer], strict=True) if not gated]
         return layers.gated[layer] or layers.source[layer] in kept
 
@@ -145,7 +152,7 @@ class GrowthPlan:
         """How one of the child's tensors grows."""
         layout = self.placed[name]
         template, stack, layer = self.layout.template(name)
-        new_layer = stack is not None and self.layer_maps[stack.attribute].gated[layer]
+        gated = stack is not None and any(self.layer_maps[stack.attribute].gated)
         operator = WIDTH_OPERATORS[self.growth_config.width_operator]
         options = self.growth_config.options
         return TensorGrowth(
@@ -158,7 +165,7 @@ class GrowthPlan:
             lambda: self.recipes[name].make(self.growth_config.seed, name),
             factor=2.0 ** -sum(self.steps[number] * power for number, power in layout.scale),
             fill=None if stack is None else self._fill(stack, template, layer, layout.offset),
-            new_layer=new_layer,
+            new_layer=gated and self.is_added(name),
         )
 
     def _fill(self, stack: Stack, template: str, layer: int, offset: float) -> float | None:

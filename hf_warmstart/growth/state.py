@@ -94,13 +94,13 @@ def grow_entry(
                 f"{name}: state_policy='asymmetric_reset' has no optimizer that keeps AMSGrad's maximum. Pass "
                 "state_policy='carry' or 'reset'."
             )
-        new = torch.ones(growth.shape, dtype=torch.bool) if plan.in_added_layer(name) else growth.new_entries()
+        new = torch.ones(growth.shape, dtype=torch.bool) if plan.is_added(name) else growth.new_entries()
         new = new if rows is None else new[slice(*rows)].clone()
         for key, kind in rule.pieces.items():
             if key in grown and kind != "scalar":
                 grown[key] = grown[key].masked_fill(new.to(grown[key].device), 0.0)
         grown[NEW] = new
-        grown[BORN] = torch.as_tensor(entry["step"], dtype=torch.float32).clone()
+        grown[BORN] = int(entry["step"])  # no tensor: torch casts those to the parameter's dtype when it loads a state
     return grown
 
 

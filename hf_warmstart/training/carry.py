@@ -16,20 +16,20 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..checkpoints.placement import Rows, from_rows, rows_of_parameter
 from ..errors import StateError
-from ..growth.optimizers import rule_for_entry, rule_for_optimizer
+from ..growth.optimizers import rule_for_entry, rule_for_optimizer, same_buffers
 from ..growth.plan import GrowthPlan
 from ..growth.state import check_entry, grow_entry
 from .grown_adamw import GrownAdamW
 
 
 def load_grown_state(
-    optimizer: Any, entries: Mapping[str, Mapping[str, Any]], plan: GrowthPlan, *, state_policy: str = "carry"
+    optimizer: Any, state: Mapping[str, Any], plan: GrowthPlan, *, state_policy: str = "carry"
 ) -> None:
     """Load the parent's optimizer state, grown, into the optimizer of the grown model.
 
     Args:
         optimizer: of the child; its groups hold the parameters' names as `param_names`. Parameters may be DTensors.
-        entries: the parent's state by the parent's names; entries are read one at a time.
+        state: `{"state": {name: {...}}, "param_groups": [...]}` by the parent's names; entries are read one at a time.
         plan: the growth. state_policy: as for `grow_optimizer_state`.
 
     Raises:
@@ -41,6 +41,12 @@ def load_grown_state(
         raise StateError(
             f"state_policy='asymmetric_reset' gives new entries a step count of their own, which {type(inner).__name__} does "
             "not keep. Pass no optimizer, so that WarmstartTrainer makes a GrownAdamW, or another state_policy."
+        )
+    entries = state["state"]
+    if not same_buffers(state["param_groups"], inner):
+        raise StateError(
+            f"The parent's momentum buffers are not {type(inner).__name__}'s: SGD sums gradients, Muon averages them. Pass the "
+            "parent's optimizer, or state_policy='reset'."
         )
     whole = optimizer.state_dict()
     for group, live in zip(whole["param_groups"], inner.param_groups, strict=True):
@@ -57,6 +63,11 @@ def load_grown_state(
                     f"The parent's state is of {kept.name if kept else 'no known optimizer'}, which {type(inner).__name__} "
                     "cannot use. Pass the parent's optimizer as optim (or optimizer_cls_and_kwargs), or "
                     "state_policy='reset'."
+                )
+            if group.get("amsgrad") and "max_exp_avg_sq" not in entry:
+                raise StateError(
+                    f"{source}: the parent kept no maximum of its second moments, which amsgrad=True needs. Leave it out, or "
+                    "pass state_policy='reset'."
                 )
             rows = rows_of_parameter(parameter)
             grown = grow_entry(plan, name, entry, state_policy, rows)

@@ -8,11 +8,11 @@ pass e + k + 1, so that each has the data's full length, as `Trainer`'s count of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
 
-from torch.utils.data import Sampler
+from torch.utils.data import IterableDataset, Sampler
 
 from ..errors import StateError
 
@@ -49,7 +49,46 @@ class ContinuedSampler(Sampler[int]):
         return len(self.base)  # type: ignore[arg-type]
 
 
-def place_in_data(trainer_state: Mapping[str, Any], examples: int, processes: int = 1) -> tuple[int, int]:
+class SkippedOnce(IterableDataset):
+    """A stream whose first pass begins after some examples; later passes are whole.
+
+    Args:
+        stream: a `datasets.IterableDataset`, or another with `skip`. examples: how many to skip.
+    """
+
+    def __init__(self, stream: Any, examples: int):
+        self.stream, self.examples, self.epoch = stream, examples, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the pass: `Trainer` counts from 0."""
+        self.epoch = epoch
+        if hasattr(self.stream, "set_epoch"):
+            self.stream.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.epoch:
+            yield from self.stream
+            return
+        left = False
+        for example in self.stream.skip(self.examples):
+            left = True
+            yield example
+        if not left:
+            raise StateError(
+                f"The stream ends within the {self.examples} examples that the parent saw, so that its place in a later pass "
+                "is not known. Pass data_policy='restart'."
+            )
+
+
+def add_places(one: tuple[int, int], other: Sequence[int], examples: int) -> tuple[int, int]:
+    """Passes and examples of two runs, one after the other, over data of a length."""
+    passes, offset = divmod(one[1] + other[1], max(1, examples))
+    return one[0] + other[0] + passes, offset
+
+
+def place_in_data(
+    trainer_state: Mapping[str, Any], examples: int, processes: int = 1, drop_last: bool = False
+) -> tuple[int, int]:
     """Whole passes and examples of the next that a run took, by its `trainer_state.json`.
 
     A pass is a whole number of batches, the last of which may be short, so that its share of the batches is not its share
@@ -59,6 +98,7 @@ def place_in_data(trainer_state: Mapping[str, Any], examples: int, processes: in
         trainer_state: with `epoch`, passes as a fraction, and `train_batch_size`, examples per device and step.
         examples: length of its training data.
         processes: of this run; the parent's are taken to be as many, or one, whichever fits its fraction.
+        drop_last: whether a last short batch was left out, as it is in this run.
 
     Raises:
         StateError: the state says neither.
@@ -72,7 +112,8 @@ def place_in_data(trainer_state: Mapping[str, Any], examples: int, processes: in
     share = trainer_state["epoch"] - passes
     for devices in (processes, 1):
         batch = int(trainer_state.get("train_batch_size") or 0) * devices
-        batches = share * math.ceil(examples / batch) if batch else 0.5
+        whole = math.floor if drop_last else math.ceil
+        batches = share * whole(examples / batch) if batch else 0.5
         if abs(batches - round(batches)) < 1e-6:
             return passes, min(examples, round(batches) * batch)
     return passes, min(examples, round(share * examples))

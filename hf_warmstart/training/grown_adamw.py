@@ -71,6 +71,8 @@ class GrownAdamW(torch.optim.AdamW):
                 f"new_lr_peak={new_lr_peak!r} must be above 0 and new_lr_steps={new_lr_steps!r} at least 0."
             )
         super().__init__(params, *args, **options)
+        # A fused step takes gradients that overflowed and leaves them out itself; here the scaler must skip the step.
+        self._step_supports_amp_scaling = False
         self.defaults |= {"new_lr_peak": float(new_lr_peak), "new_lr_steps": int(new_lr_steps)}
         for group in self.param_groups:
             for name in ("new_lr_peak", "new_lr_steps"):
@@ -90,8 +92,10 @@ class GrownAdamW(torch.optim.AdamW):
                     _step_of_two_ages(parameter, parameter.grad, self.state[parameter], group)
                     held.append((parameter, parameter.grad))
                     parameter.grad = None
+        stock = torch.optim.AdamW.step
         try:
-            super().step()
+            # torch hooks the class's step once a stock AdamW was made; the hooks of this step are its own.
+            (stock.__wrapped__ if getattr(stock, "hooked", False) else stock)(self)  # type: ignore[attr-defined]
         finally:
             for parameter, gradient in held:
                 parameter.grad = gradient

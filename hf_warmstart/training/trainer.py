@@ -25,7 +25,7 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import TrainOutput, has_length
 
 from .._compat import load_checkpoint_weights
-from ..checkpoints.parent_state import ParentState, read_parent_state
+from ..checkpoints.parent_state import OWN_STATE, ParentState, read_parent_state
 from ..errors import StateError, WarmstartError
 from ..growth.config import GrowthConfig
 from ..growth.coordinates import (
@@ -41,12 +41,11 @@ from ..hub.card import render_card
 from ..hub.save import CARD_NAME
 from .arguments import WarmstartTrainingArguments
 from .carry import load_grown_state
-from .data_position import ContinuedSampler, place_in_data, samples_seen
+from .data_position import ContinuedSampler, SkippedOnce, add_places, place_in_data, samples_seen
 from .grown_adamw import GROWN_NAME, GrownAdamW, set_aside_for_us
 from .schedules import check_decays, place_schedule, ramp_schedule, starting_position
 from .whole_checkpoints import WholeCheckpointsTrainer
 
-STATE_NAME = "warmstart_state.json"
 LONG_DIAGNOSTIC = 1000
 
 
@@ -153,10 +152,11 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
         plan = self._plan_from(state.config)
         if self._option("data_policy") == "continue":
             if has_length(self.train_dataset):
-                place = place_in_data(state.trainer, len(self.train_dataset), self.args.world_size)
-                self._data_place = list(place)
+                examples, drop_last = len(self.train_dataset), self.args.dataloader_drop_last
+                place = place_in_data(state.trainer, examples, self.args.world_size, drop_last)
+                self._data_place = list(add_places(place, state.own.get("data_place") or (0, 0), examples))
             else:
-                self._stream_skip = samples_seen(
+                self._stream_skip = state.own.get("stream_seen") or samples_seen(
                     state.trainer, self.args.gradient_accumulation_steps, self.args.world_size
                 )
         return state, plan
@@ -170,9 +170,7 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
         if self._start is not None:
             state, plan = self._start
             if state.optimizer is not None:
-                load_grown_state(
-                    self.optimizer, state.optimizer["state"], plan, state_policy=self._option("state_policy")
-                )
+                load_grown_state(self.optimizer, state.optimizer, plan, state_policy=self._option("state_policy"))
             if self._schedule_start or self._ramp_steps:
                 place_schedule(self.lr_scheduler, self._schedule_start, self.args.lr_scheduler_type)
         return prepared
@@ -313,7 +311,7 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
                 "datasets.IterableDataset, or skip them yourself and pass data_policy='restart'."
             )
         try:
-            self.train_dataset = whole.skip(self._stream_skip)
+            self.train_dataset = SkippedOnce(whole, self._stream_skip)
             return super().get_train_dataloader()
         finally:
             self.train_dataset = whole
@@ -351,8 +349,9 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
             "schedule_policy": self._option("schedule_policy"),
             "data_place": self._data_place,
             "stream_skip": self._stream_skip,
+            "stream_seen": self._stream_skip + self.state.global_step * self.get_total_train_batch_size(self.args),
         }
-        Path(output_dir, STATE_NAME).write_text(json.dumps(own) + "\n")
+        Path(output_dir, OWN_STATE).write_text(json.dumps(own) + "\n")
         if self._keeps_ages():
             set_aside_for_us(output_dir)
 
@@ -374,7 +373,7 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
 
     def _read_own_state(self, checkpoint: str) -> None:
         """What a checkpoint of this trainer says of its start."""
-        path = Path(checkpoint, STATE_NAME)
+        path = Path(checkpoint, OWN_STATE)
         own = json.loads(path.read_text()) if path.is_file() else {}
         self._schedule_start = int(own.get("schedule_start", 0))
         self._data_place, self._stream_skip = own.get("data_place"), int(own.get("stream_skip") or 0)

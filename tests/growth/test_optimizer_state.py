@@ -29,6 +29,10 @@ def _grow(entry: dict, plan, **options):
     return grow_optimizer_state({"state": {NAME: entry}, "param_groups": []}, plan, **options)["state"][NAME]
 
 
+def _whole(entry: dict, **options) -> dict:
+    return {"state": {NAME: entry}, "param_groups": [{"params": [NAME], **options}]}
+
+
 def _bitsandbytes(quantised: bool) -> dict:
     """Its 8-bit Adam's entry; tensors of fewer than 4096 entries it keeps in float32, without maps and scales."""
     if not quantised:
@@ -156,12 +160,42 @@ def test_a_state_of_another_kind_than_the_optimizer_keeps_is_refused(plan):
     adam = torch.optim.AdamW(parameters)
     adam.param_groups[0]["param_names"] = list(names)
     with pytest.raises(StateError, match="SGD or Muon, which AdamW cannot use"):
-        load_grown_state(adam, {NAME: {"momentum_buffer": torch.ones(PARAMETER)}}, plan)
+        load_grown_state(adam, _whole({"momentum_buffer": torch.ones(PARAMETER)}), plan)
     moments = {"step": torch.tensor(3.0), "exp_avg": torch.ones(PARAMETER), "exp_avg_sq": torch.ones(PARAMETER)}
     with pytest.raises(StateError, match="AdamW does not keep"):
-        load_grown_state(adam, {NAME: moments}, plan, state_policy="asymmetric_reset")
-    load_grown_state(adam, {NAME: moments}, plan)
+        load_grown_state(adam, _whole(moments), plan, state_policy="asymmetric_reset")
+    with pytest.raises(StateError, match="amsgrad=True needs"):
+        maximal = torch.optim.AdamW(parameters, amsgrad=True)
+        maximal.param_groups[0]["param_names"] = list(names)
+        load_grown_state(maximal, _whole(moments), plan)
+    load_grown_state(adam, _whole(moments), plan)
     assert adam.state[dict(child.named_parameters())[NAME]]["exp_avg_sq"].shape == (192, 128)
+
+
+def test_sgds_sums_are_not_taken_for_muons_averages(plan):
+    child = grow(tiny_model("llama", num_hidden_layers=1), width=2, width_operator="exact_copy")
+    matrix, buffers = dict(child.named_parameters())[NAME], {"momentum_buffer": torch.ones(PARAMETER)}
+    muon, sgd = torch.optim.Muon([matrix]), torch.optim.SGD([matrix], momentum=0.9)
+    for optimizer, kept in ((muon, {"ns_steps": 5}), (sgd, {})):
+        optimizer.param_groups[0]["param_names"] = [NAME]
+        load_grown_state(optimizer, _whole(buffers, **kept), plan)
+        with pytest.raises(StateError, match="SGD sums gradients, Muon averages them"):
+            load_grown_state(optimizer, _whole(buffers, **({} if kept else {"ns_steps": 5})), plan)
+
+
+def test_in_a_post_norm_stack_the_moments_of_the_final_norm_go_where_its_gain_goes():
+    """BERT in depth: the new layer holds the parent's final norm, the old one a constant in its place."""
+    plan = plan_growth(tiny_model("bert"), depth=2)
+    names = [name for name in plan.names if name.endswith("output.LayerNorm.weight") and "attention" not in name]
+    ones = {name: torch.ones(plan.shapes[name]) for name in plan.shapes}
+    state = {n: {"step": torch.tensor(9.0), "exp_avg": v, "exp_avg_sq": v} for n, v in ones.items()}
+    carried = grow_optimizer_state({"state": state, "param_groups": []}, plan)["state"]
+    parted = grow_optimizer_state({"state": state, "param_groups": []}, plan, state_policy="asymmetric_reset")["state"]
+    constant = [plan.tensor(name).fill is not None for name in names]
+    assert any(constant) and not all(constant)
+    for name, filled in zip(names, constant, strict=True):
+        assert bool((carried[name]["exp_avg"] == 0).all()) is filled, name
+        assert bool(parted[name]["new"].all()) is filled and bool(parted[name]["new"].any()) is filled, name
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 
 from hf_warmstart import WarmstartTrainer, WarmstartTrainingArguments
 from hf_warmstart.checkpoints.complete import STAGING
-from hf_warmstart.training.trainer import STATE_NAME
+from hf_warmstart.checkpoints.parent_state import OWN_STATE
 
 from ..models import some_tokens
 
@@ -40,13 +40,13 @@ def test_a_strategy_pushes_the_stock_trainers_files(strategy, grown, hub, tmp_pa
         left.touch()  # by a process that was killed
         trainer.push_to_hub()
     stock, ours = (hub.repos[f"user/{repo}"].find("main").files for repo in ("stock", "ours"))
-    assert {name for name in ours if not name.endswith(STATE_NAME)} == {*stock}
+    assert {name for name in ours if not name.endswith(OWN_STATE)} == {*stock}
     assert not any("checkpoint-9" in name for name in ours)
     assert ours["model.safetensors"] == stock["model.safetensors"]
     if strategy in ("all_checkpoints", "checkpoint"):
         folder = "checkpoint-4" if strategy == "all_checkpoints" else "last-checkpoint"
         assert {name for name in ours if name.startswith(folder)} >= {
-            f"{folder}/{name}" for name in ("model.safetensors", "optimizer.pt", "trainer_state.json", STATE_NAME)
+            f"{folder}/{name}" for name in ("model.safetensors", "optimizer.pt", "trainer_state.json", OWN_STATE)
         }
         for name in ("model.safetensors", "scheduler.pt"):
             assert ours[f"{folder}/{name}"] == stock[f"{folder}/{name}"]

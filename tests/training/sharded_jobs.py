@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -220,7 +220,7 @@ def load_grown_from(parent: Path, model: nn.Module, optimizer: Any, plan: Growth
     load_grown_state(optimizer, _optimizer_state(parent, plan), plan)
 
 
-def _optimizer_state(parent: str | Path, plan: GrowthPlan) -> Mapping[str, Mapping[str, Any]]:
+def _optimizer_state(parent: str | Path, plan: GrowthPlan) -> dict[str, Any]:
     """A parent's optimizer state by name."""
     state = read_parent_state(
         parent,
@@ -228,7 +228,7 @@ def _optimizer_state(parent: str | Path, plan: GrowthPlan) -> Mapping[str, Mappi
         lambda model: Trainer.get_decay_parameter_names(None, model),  # type: ignore[arg-type]
     )
     assert state.optimizer is not None
-    return state.optimizer["state"]
+    return state.optimizer
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def _grown(parameter, entry, **options):
         "exp_avg": entry["exp_avg"].masked_fill(new, 0),
         "exp_avg_sq": entry["exp_avg_sq"].masked_fill(new, 0),
         "new": new,
-        "born": entry["step"].clone(),
+        "born": int(entry["step"]),
     }
     return ours, optimizer
 
@@ -112,6 +112,56 @@ def test_a_saved_state_continues_bit_for_bit(aged):
     loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert loaded.state[again]["new"].dtype == torch.bool
     assert torch.equal(_run(loaded, again, range(55, 60)), _run(optimizer, ours, range(55, 60)))
+
+
+@pytest.mark.parametrize("step", [301, 999, 70001])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_step_of_birth_survives_loading_in_any_dtype(dtype, step):
+    parameter = torch.nn.Parameter(torch.ones(4, 6, dtype=dtype))
+    new = torch.zeros(4, 6, dtype=torch.bool)
+    new[:, 3:] = True
+    zeros = torch.zeros(4, 6, dtype=dtype)
+    entry = {
+        "step": torch.tensor(float(step)),
+        "exp_avg": zeros,
+        "exp_avg_sq": zeros.clone(),
+        "new": new,
+        "born": step,
+    }
+    optimizer = GrownAdamW([parameter], lr=1e-2, weight_decay=0.0)
+    optimizer.load_state_dict({"state": {0: entry}, "param_groups": optimizer.state_dict()["param_groups"]})
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    moved = (1 - parameter.detach().float())[:, 3:]
+    torch.testing.assert_close(moved, torch.full_like(moved, 1e-2), rtol=0.2, atol=0)  # a first step: one rate
+
+
+def test_a_step_that_overflowed_is_left_out_under_a_gradient_scaler():
+    parameter = torch.nn.Parameter(torch.ones(4, 6))
+    optimizer = GrownAdamW([parameter], lr=1e-2, fused=True)
+    zeros = torch.zeros(4, 6)
+    optimizer.state[parameter] = {
+        "step": torch.tensor(5.0),
+        "exp_avg": zeros,
+        "exp_avg_sq": zeros.clone(),
+        "new": torch.ones(4, 6, dtype=torch.bool),
+        "born": 5,
+    }
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(parameter.sum()).backward()
+    parameter.grad[0, 0] = float("inf")
+    scaler.step(optimizer)
+    assert torch.equal(parameter.detach(), torch.ones(4, 6))
+
+
+def test_hooks_of_a_step_run_once():
+    torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])  # makes torch hook AdamW's step
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.grad = torch.ones(2)
+    optimizer, calls = GrownAdamW([parameter]), []
+    optimizer.register_step_post_hook(lambda *args: calls.append(1))
+    optimizer.step()
+    assert calls == [1]
 
 
 @pytest.mark.parametrize("options", [{"amsgrad": True}, {"new_lr_peak": 0.0}, {"new_lr_steps": -1}], ids=str)

@@ -36,8 +36,8 @@ from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKEND
 from transformers.trainer_utils import BestRun
 
 from hf_warmstart import WarmstartTrainer, WarmstartTrainingArguments, grow, grow_checkpoint
+from hf_warmstart.checkpoints.parent_state import OWN_STATE
 from hf_warmstart.growth.plan import RECORD_KEY
-from hf_warmstart.training.trainer import STATE_NAME
 
 from ..models import some_tokens, tiny_model
 
@@ -405,7 +405,7 @@ def play(kind: str, case: Case, folder: Path, monkeypatch, half: str = "whole") 
 
 def read(path: Path) -> Any:
     """What a file says; None for what only our trainer writes."""
-    if path.name == STATE_NAME or path.is_dir():
+    if path.name == OWN_STATE or path.is_dir():
         return None
     if path.suffix == ".json":
         return plain(json.loads(path.read_text()))
