@@ -257,6 +257,44 @@ def test_a_stream_goes_on_after_what_the_parent_saw_and_resumes(tmp_path):
     assert losses(resumed) == losses(child)
 
 
+def _generation(parent: Path, folder: Path, dataset, steps: int, **options) -> list:
+    """A child that continues its parent's data; the examples that it took."""
+    seen = Seen()
+    child = warmstart_trainer(_child(parent), folder, steps, dataset, parent, data_policy="continue", **options)
+    child.data_collator = seen
+    child.train()
+    return seen.examples(4 * steps * options.get("gradient_accumulation_steps", 1))
+
+
+def test_a_child_of_a_child_goes_on_where_the_child_stopped(tmp_path):
+    data = _data(40)
+    base = _parent_run(tmp_path / "base", data, steps=2, train_sampling_strategy="sequential")
+    first = _generation(base, tmp_path / "first", data, 3, train_sampling_strategy="sequential")
+    second = _generation(
+        tmp_path / "first" / "checkpoint-3", tmp_path / "second", data, 6, train_sampling_strategy="sequential"
+    )
+    rows = [tuple(row) for row in data["input_ids"]]
+    assert first + second == (rows[8:] + rows)[:36]
+
+
+def test_a_child_of_a_child_goes_on_in_the_stream_and_a_later_pass_is_whole(tmp_path):
+    data = _data(40)
+    base = _parent_run(tmp_path / "base", data.to_iterable_dataset(), steps=2)
+    first = _generation(base, tmp_path / "first", data.to_iterable_dataset(), 2, gradient_accumulation_steps=2)
+    parent = tmp_path / "first" / "checkpoint-2"
+    second = _generation(parent, tmp_path / "second", data.to_iterable_dataset(), 6)
+    rows = [tuple(row) for row in data["input_ids"]]
+    assert first == rows[16:32]  # the parent is taken to have accumulated as this run does
+    taken = rows.index(first[-1]) + 1
+    assert second == (rows[taken:] + rows)[:24]
+
+
+def test_a_stream_that_ends_before_the_parents_place_is_refused(tmp_path):
+    base = _parent_run(tmp_path / "base", _data(40).to_iterable_dataset(), steps=2)
+    with pytest.raises(StateError, match="The stream ends within the 8 examples"):
+        _generation(base, tmp_path / "child", _data(8).to_iterable_dataset(), 2)
+
+
 class _Stream(torch.utils.data.IterableDataset):
     def __iter__(self):
         return iter(_data(40).to_list())
@@ -282,6 +320,7 @@ def test_the_place_in_the_data_is_where_the_last_whole_step_ended():
     assert place_in_data({"epoch": 1 + 4 / 5, "train_batch_size": 4}, 18) == (1, 16)
     assert place_in_data({"epoch": 1 / 3, "train_batch_size": 4}, 20, processes=2) == (0, 8)
     assert place_in_data({"epoch": 0.5}, 18) == (0, 9)
+    assert place_in_data({"epoch": 4 / 7, "train_batch_size": 4}, 30, drop_last=True) == (0, 16)
     with pytest.raises(StateError, match="has no epoch"):
         place_in_data({}, 18)
 
