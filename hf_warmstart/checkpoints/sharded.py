@@ -43,16 +43,24 @@ _RECORDS = {
     ("torch.distributed.checkpoint.planner", "WriteItemType"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
+    ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "Metadata"),
+    ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
+    ("torch.distributed.checkpoint.metadata", "StorageMeta"),
+    ("torch.distributed.checkpoint.metadata", "TensorProperties"),
+    ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
 }
-_METADATA = "torch.distributed.checkpoint.metadata"
 
 
 class _IndexUnpickler(pickle.Unpickler):
     """Reads DCP's index; anything but its own records is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
+        # A dotted name would lead from a record's module to whatever that module imports.
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if (module, name) in _RECORDS or module == _METADATA or is_dtype:
+        if "." not in name and ((module, name) in _RECORDS or is_dtype):
             return super().find_class(module, name)
         raise StateError(
             f"The index {INDEX} of a sharded checkpoint asks for {module}.{name}, which no such index needs. Do not trust it."
@@ -66,9 +74,16 @@ class _SafeReader(dcp.FileSystemReader):
         super().__init__(folder)
         try:
             with open(folder / INDEX, "rb") as file:
-                self.index: Metadata = _IndexUnpickler(file).load()
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError) as fault:
+                index = _IndexUnpickler(file).load()
+        except StateError:
+            raise
+        except Exception as fault:  # a damaged pickle fails in any way
             raise StateError(f"{folder.name} is no readable sharded checkpoint: {fault}") from fault
+        if not isinstance(index, Metadata):
+            raise StateError(
+                f"{folder.name} is no readable sharded checkpoint: its {INDEX} is a {type(index).__name__}."
+            )
+        self.index = index
         if getattr(self.index, "storage_meta", None) is None:
             self.index.storage_meta = StorageMeta()
 

@@ -273,6 +273,34 @@ def test_an_index_that_would_execute_something_is_refused(runs, tmp_path):
     assert trap.exists()
 
 
+def _payload_by_way_of_a_record_module(path: Path) -> bytes:
+    """A call of `os.mkdir`, found as an attribute of the module of DCP's records (STACK_GLOBAL of protocol 4)."""
+    module, name = b"torch.distributed.checkpoint.metadata", b"os.mkdir"
+    strings = [b"\x8c" + bytes([len(text)]) + text for text in (module, name, os.fsencode(path))]
+    return b"\x80\x04" + strings[0] + strings[1] + b"\x93" + strings[2] + b"\x85R."
+
+
+@pytest.mark.parametrize("name", ["os.mkdir", "os", "Enum", "Metadata.__init__", "float32.__class__"])
+def test_what_a_record_module_imports_is_not_to_be_had_from_an_index(name, tmp_path):
+    trap = tmp_path / "trap"
+    payload = _payload_by_way_of_a_record_module(trap)
+    pickle.loads(payload)  # the trap does work
+    trap.rmdir()
+    module = b"torch" if name.startswith("float32") else b"torch.distributed.checkpoint.metadata"
+    payload = payload.replace(b"\x25torch.distributed.checkpoint.metadata", bytes([len(module)]) + module)
+    (tmp_path / ".metadata").write_bytes(payload.replace(b"\x08os.mkdir", bytes([len(name)]) + name.encode()))
+    with pytest.raises(StateError, match="Do not trust"):
+        ShardedFolder(tmp_path)
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("content", [pickle.dumps({"a": 1}), pickle.dumps([]), b"", b"junk", b"\x80\x04R."])
+def test_an_index_that_is_none_is_refused(content, tmp_path):
+    (tmp_path / ".metadata").write_bytes(content)
+    with pytest.raises(StateError, match="no readable sharded checkpoint"):
+        ShardedFolder(tmp_path)
+
+
 def test_an_object_that_would_execute_something_is_refused(runs, tmp_path):
     """Learning rates and names are objects in a rank's file, found there by offset and length."""
     folder = _copy_of(runs / "parent" / OPTIMIZER, tmp_path / "optimizer")
