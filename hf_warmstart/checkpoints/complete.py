@@ -29,12 +29,26 @@ def clear_staging(run_dir: str | os.PathLike) -> None:
 
 
 def publish(run_dir: str | os.PathLike, name: str) -> None:
-    """Move a complete checkpoint from the staging folder to its place, in the stead of one that is there."""
+    """Move a complete checkpoint from the staging folder to its place, in the stead of one that is there.
+
+    Where nothing is staged nothing is touched: on a disk that several nodes see, one of them moves it.
+    """
     staged, place = Path(run_dir, STAGING, name), Path(run_dir, name)
-    if place.exists():
-        place.rename(Path(run_dir, STAGING, f"{name}.replaced"))
-    with contextlib.suppress(FileNotFoundError):  # another node has moved it, on a disk that both see
-        staged.rename(place)
+    claimed, replaced = staged.with_name(f"{name}.claimed"), staged.with_name(f"{name}.replaced")
+    try:
+        staged.rename(claimed)  # of several nodes one succeeds
+    except FileNotFoundError:
+        with contextlib.suppress(OSError):  # there is none, or the node that moves it still works there
+            staged.parent.rmdir()
+        return
+    with contextlib.suppress(FileNotFoundError):
+        place.rename(replaced)
+    try:
+        claimed.rename(place)
+    except OSError:
+        with contextlib.suppress(OSError):
+            replaced.rename(place)
+        raise
     clear_staging(run_dir)
 
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_warmstart import WarmstartError, grow
-from hf_warmstart.checkpoints.complete import STAGING, last_whole_checkpoint
+from hf_warmstart.checkpoints.complete import STAGING, last_whole_checkpoint, publish
 from hf_warmstart.growth.plan import GrowthRecord
 
 from ..models import tiny_model
@@ -163,3 +163,55 @@ def test_the_last_whole_checkpoint_is_the_one_with_the_highest_number(tmp_path):
         (folder / "trainer_state.json").write_text("{}")
     (tmp_path / "checkpoint-best").mkdir()
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def _checkpoint(folder: Path, content: str) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "weights").write_text(content)
+    return folder
+
+
+def test_a_checkpoint_that_is_published_stays_when_nothing_more_is_staged(tmp_path):
+    """Called twice: by two nodes, on a disk that both see."""
+    _checkpoint(tmp_path / "checkpoint-1", "old")
+    _checkpoint(tmp_path / STAGING / "checkpoint-1", "new")
+    for _ in range(2):
+        publish(tmp_path, "checkpoint-1")
+        assert (tmp_path / "checkpoint-1" / "weights").read_text() == "new"
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_another_node_may_publish_at_any_point_of_ones_own_publishing(at, old, tmp_path, monkeypatch):
+    if old:
+        _checkpoint(tmp_path / "checkpoint-1", "old")
+    _checkpoint(tmp_path / STAGING / "checkpoint-1", "new")
+    rename, renames = Path.rename, []
+
+    def with_another_node(path, target):
+        renames.append(path)
+        if len(renames) == at + 1:
+            publish(tmp_path, "checkpoint-1")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", with_another_node)
+    publish(tmp_path, "checkpoint-1")
+    assert (tmp_path / "checkpoint-1" / "weights").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_the_old_checkpoint_is_put_back_when_the_new_one_cannot_be_moved(tmp_path, monkeypatch):
+    _checkpoint(tmp_path / "checkpoint-1", "old")
+    _checkpoint(tmp_path / STAGING / "checkpoint-1", "new")
+    rename = Path.rename
+
+    def refuse_the_new_one(path, target):
+        if Path(target) == tmp_path / "checkpoint-1" and (path / "weights").read_text() == "new":
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse_the_new_one)
+    with pytest.raises(OSError, match="Input/output"):
+        publish(tmp_path, "checkpoint-1")
+    assert (tmp_path / "checkpoint-1" / "weights").read_text() == "old"
