@@ -46,7 +46,7 @@ from ..growth.state import check_entry, check_state_policy, grow_entry, grow_gro
 from ..growth.twin import build
 from ..hub.save import save_grown
 from ..training.grown_adamw import set_aside_for_us
-from .parent_state import SCHEDULER_NAMES, SHARDED_OPTIMIZER, ParentState, load_file, read_parent_state
+from .parent_state import SCHEDULER_NAMES, SHARDED_OPTIMIZER, ParentState, load_file, optimizer_file, read_parent_state
 from .placement import from_rows, rows_of
 from .sharded import ShardedFolder, is_sharded
 
@@ -182,7 +182,7 @@ def _write_state(folder: Path, state: ParentState, plan: GrowthPlan, made: Path,
             _write_sharded_optimizer(state.optimizer, plan, made, state_policy)
         elif _is_main():
             name = OPTIMIZER_NAME if (folder / OPTIMIZER_NAME).is_file() else OPTIMIZER_NAME_BIN
-            _write_whole_optimizer(state.optimizer, plan, made / name, state_policy, _is_named(folder / name))
+            _write_whole_optimizer(state.optimizer, plan, made / name, state_policy, _is_named(folder))
     if not _is_main():
         return
     for name in SCHEDULER_NAMES:
@@ -197,8 +197,8 @@ def _write_state(folder: Path, state: ParentState, plan: GrowthPlan, made: Path,
         (made / TRAINER_STATE_NAME).write_text(json.dumps({**state.trainer, **best}, indent=2) + "\n")
 
 
-def _is_named(path: Path) -> bool:
-    return any(isinstance(name, str) for name in load_file(path)["state"])
+def _is_named(folder: Path) -> bool:
+    return any(isinstance(name, str) for name in load_file(optimizer_file(folder))["state"])
 
 
 def _write_whole_optimizer(
@@ -210,6 +210,9 @@ def _write_whole_optimizer(
             "warmstart_from to it, or state_policy='carry'."
         )
     grown = grow_optimizer_state(state, plan, state_policy=state_policy)  # type: ignore[arg-type]
+    if state_policy == "asymmetric_reset":
+        # GrownAdamW takes its settings from the file, as every optimizer does: new entries at the rate of old ones.
+        grown["param_groups"] = [{"new_lr_peak": 1.0, "new_lr_steps": 0, **group} for group in grown["param_groups"]]
     torch.save(grown if named else number_optimizer_state(grown), path)
     if state_policy == "asymmetric_reset":
         set_aside_for_us(path.parent)

@@ -3,6 +3,7 @@
 | written by | optimizer | names |
 |---|---|---|
 | `Trainer`, `WarmstartTrainer`, DDP | `optimizer.pt` | in the file (ours), else rebuilt from the parent |
+| `WarmstartTrainer` under `asymmetric_reset` | `grown_optimizer.pt` | in the file; all entries are old ones from now on |
 | `Accelerator.save_state` | `optimizer.bin` | rebuilt from the parent |
 | FSDP, full state | `optimizer.bin` | in the file |
 | FSDP2, sharded (DCP) | `optimizer_0/` | in the file, each entry read when it is asked for |
@@ -32,7 +33,7 @@ from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_N
 
 from ..errors import StateError
 from ..growth.layout import collect
-from ..growth.state import check_entry
+from ..growth.state import BORN, NEW, check_entry
 from .sharded import ShardedFolder, is_sharded
 
 SHARDED_OPTIMIZER = "optimizer_0"
@@ -97,7 +98,7 @@ def read_parent_state(
         _refuse_what_cannot_be_read(folder)
     by_trainer = (folder / TRAINER_STATE_NAME).is_file()
     by_accelerate = not by_trainer and any(folder.glob("random_states_*.pkl"))
-    file = _first_file(folder, (OPTIMIZER_NAME, OPTIMIZER_NAME_BIN))
+    file = optimizer_file(folder)
     sharded = is_sharded(folder / SHARDED_OPTIMIZER)
     scheduler_file = _first_file(folder, SCHEDULER_NAMES)
     missing = [] if by_trainer or by_accelerate else [TRAINER_STATE_NAME]
@@ -116,7 +117,7 @@ def read_parent_state(
     named = None
     if optimizer:
         parent = build_parent(config)
-        saved = ShardedFolder(folder / SHARDED_OPTIMIZER).optimizer() if sharded else load_file(file)
+        saved = ShardedFolder(folder / SHARDED_OPTIMIZER).optimizer() if sharded else _of_one_age(load_file(file))
         named = name_optimizer_state(saved, parent, decay_names(parent))
     position = None
     if scheduler and scheduler_file is not None:
@@ -140,8 +141,28 @@ def load_file(path: Path | None) -> dict[str, Any]:
         raise StateError("There is no file to read.")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as fault:
+    except pickle.UnpicklingError as fault:
+        # torch's own message advises to load it all the same, and so to run whatever the file says.
+        raise StateError(f"{path.name} is damaged, or holds more than plain tensors and numbers.") from fault
+    except (RuntimeError, EOFError, OSError) as fault:
         raise StateError(f"{path.name} cannot be read as plain tensors and numbers: {fault}") from fault
+
+
+def optimizer_file(folder: Path) -> Path | None:
+    """The file with a checkpoint's optimizer, where one file holds it whole."""
+    from ..training.grown_adamw import GROWN_NAME  # whose package imports this module
+
+    # Where ours lies, `optimizer.pt` is a mark that stops others.
+    return _first_file(folder, (GROWN_NAME, OPTIMIZER_NAME, OPTIMIZER_NAME_BIN))
+
+
+def _of_one_age(saved: dict[str, Any]) -> dict[str, Any]:
+    """A state without the marks of what an earlier growth added: after another growth all of it is old."""
+    state = {
+        key: {piece: value for piece, value in entry.items() if piece not in (NEW, BORN)}
+        for key, entry in saved["state"].items()
+    }
+    return {**saved, "state": state}
 
 
 def _first_file(folder: Path, names: Sequence[str]) -> Path | None:

@@ -14,10 +14,12 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, default_data_collator
 from transformers.trainer_callback import TrainerCallback, TrainerState
 
-from hf_warmstart import WarmstartError, WarmstartTrainingArguments, grow
+from hf_warmstart import WarmstartError, WarmstartTrainingArguments, grow, grow_checkpoint
+from hf_warmstart.checkpoints.parent_state import load_file
 from hf_warmstart.errors import StateError
 from hf_warmstart.training import GrownAdamW
 from hf_warmstart.training.data_position import ContinuedSampler, place_in_data
+from hf_warmstart.training.grown_adamw import GROWN_NAME
 
 from ..models import some_tokens, tiny_model
 from .conftest import COMMON, blocks, losses, stock_trainer, warmstart_trainer
@@ -420,6 +422,74 @@ def test_only_the_same_policy_of_ours_resumes_asymmetric_reset(parent, tmp_path)
     ours = warmstart_trainer(_child(parent), tmp_path / "ours", 4, blocks(STEPS, 4), parent)
     with pytest.raises(StateError, match="written under state_policy='asymmetric_reset'"):
         ours.train(resume_from_checkpoint=checkpoint)
+
+
+@pytest.fixture(scope="module")
+def two_ages(parent, tmp_path_factory) -> Path:
+    """The checkpoint of a grown run under asymmetric_reset."""
+    folder = tmp_path_factory.mktemp("two_ages")
+    _run(parent, folder, steps=2, **ASYMMETRIC)
+    return folder / "checkpoint-2"
+
+
+def _by_name(saved: dict) -> dict:
+    return {
+        name: saved["state"][number]
+        for group in saved["param_groups"]
+        for number, name in zip(group["params"], group["param_names"], strict=True)
+    }
+
+
+def test_a_checkpoint_with_two_ages_is_grown_again_as_one_of_old_entries(two_ages, tmp_path):
+    grow_checkpoint(two_ages, tmp_path / "grown", depth=2)
+    before = _by_name(torch.load(two_ages / GROWN_NAME, weights_only=True))
+    after = _by_name(torch.load(tmp_path / "grown" / "optimizer.pt", weights_only=True))
+    assert {frozenset(entry) for entry in after.values()} == {frozenset({"step", "exp_avg", "exp_avg_sq"})}
+    name = "model.norm.weight"
+    assert torch.equal(after[name]["exp_avg"], before[name]["exp_avg"])
+    assert float(after[name]["step"]) == STEPS + 2
+    child = AutoModelForCausalLM.from_pretrained(tmp_path / "grown")
+    stock = stock_trainer(child, tmp_path / "stock", 4, blocks(STEPS, 4))
+    stock.train(resume_from_checkpoint=str(tmp_path / "grown"))
+    assert stock.state.global_step == 4
+
+
+def test_a_checkpoint_with_two_ages_is_grown_with_two_ages_again(two_ages, parent, tmp_path):
+    grow_checkpoint(two_ages, tmp_path / "grown", depth=2, state_policy="asymmetric_reset")
+    state = _by_name(torch.load(tmp_path / "grown" / GROWN_NAME, weights_only=True))
+    assert not state["model.layers.0.self_attn.q_proj.weight"]["new"].any()
+    assert {float(entry["born"]) for entry in state.values()} == {STEPS + 2.0}
+    _assert_resumes_under_two_ages(tmp_path / "grown", tmp_path / "ours")
+
+
+def test_a_stock_checkpoint_that_is_grown_with_two_ages_resumes(parent, tmp_path):
+    grow_checkpoint(parent, tmp_path / "grown", width=2, state_policy="asymmetric_reset")
+    _assert_resumes_under_two_ages(tmp_path / "grown", tmp_path / "ours")
+
+
+def _assert_resumes_under_two_ages(grown: Path, folder: Path) -> None:
+    child = AutoModelForCausalLM.from_pretrained(grown)
+    ours = warmstart_trainer(child, folder, STEPS + 4, blocks(0, STEPS + 4), **ASYMMETRIC)
+    ours.train(resume_from_checkpoint=str(grown))
+    assert ours.state.global_step == STEPS + 4
+
+
+@pytest.mark.parametrize("policy", ["carry", "asymmetric_reset"])
+def test_a_run_starts_warm_from_a_checkpoint_with_two_ages(two_ages, tmp_path, policy):
+    child = grow(AutoModelForCausalLM.from_pretrained(two_ages), depth=2)
+    start = _AtTheStart()
+    trainer = warmstart_trainer(child, tmp_path, 1, blocks(STEPS + 2, 1), two_ages, state_policy=policy)
+    trainer.add_callback(start)
+    trainer.train()
+    entry = start.state["model.layers.0.self_attn.q_proj.weight"]
+    assert float(entry["step"]) == STEPS + 2
+    assert ("new" in entry) == (policy == "asymmetric_reset") and not entry.get("new", torch.zeros(1)).any()
+
+
+def test_a_file_that_holds_more_than_numbers_is_refused_without_advice_to_trust_it(two_ages, tmp_path):
+    with pytest.raises(StateError, match="optimizer.pt .* more than plain tensors and numbers") as refused:
+        load_file(two_ages / "optimizer.pt")
+    assert "weights_only" not in str(refused.value) and "safe_globals" not in str(refused.value)
 
 
 @pytest.mark.parametrize("policy", ["carry", "reset"])
