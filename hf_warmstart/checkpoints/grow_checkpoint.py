@@ -11,7 +11,8 @@ Sharded checkpoints are grown tensor by tensor. Under `torch.distributed` every 
 grown tensor and writes its own shards; the number of ranks need not be that of the parent's run.
 
 Everything is written to a folder beside the target, which takes its name when it is complete: a run that dies leaves no
-half-written checkpoint under the target's name.
+half-written checkpoint under the target's name. Files beside weights and state (tokenizer, chat template, processor, code,
+random states) are copied as they are, folders are not.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from transformers.trainer import (
     OPTIMIZER_NAME,
     OPTIMIZER_NAME_BIN,
     TRAINER_STATE_NAME,
+    TRAINING_ARGS_NAME,
 )
 
 from ..errors import StateError, WarmstartError
@@ -44,16 +47,24 @@ from ..growth.plan import RECORD_KEY, GrowthPlan, GrowthRecord, make_plan
 from ..growth.source import class_and_config, parent_name
 from ..growth.state import check_entry, check_state_policy, grow_entry, grow_groups, grow_optimizer_state
 from ..growth.twin import build
-from ..hub.save import save_grown
-from ..training.grown_adamw import set_aside_for_us
+from ..hub.save import CARD_NAME, GROWTH_NAME, save_grown
+from ..training.grown_adamw import GROWN_NAME, set_aside_for_us
 from .parent_state import SCHEDULER_NAMES, SHARDED_OPTIMIZER, ParentState, load_file, optimizer_file, read_parent_state
 from .placement import from_rows, rows_of
 from .sharded import ShardedFolder, is_sharded
 
 SHARDED_MODEL = "pytorch_model_fsdp_0"
 FULL_MODEL = "pytorch_model_fsdp.bin"
-# Files of a checkpoint that a growth does not change.
-KEPT = ("rng_state*.pth", "random_states_*.pkl", "scaler.pt", "sampler*.bin", "tokenizer*", "special_tokens_map.json")
+# What a growth writes anew or leaves out; every other file is taken along as it is.
+WEIGHTS = (
+    *("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "tf_model*", "flax_model*", "rust_model*"),
+    *("*.gguf", "*.onnx", "consolidated*", "adapter_*"),
+)
+DESCRIPTION = ("config.json", "generation_config.json", CARD_NAME, GROWTH_NAME, TRAINING_ARGS_NAME)
+STATE = (
+    *(OPTIMIZER_NAME, "optimizer*.bin", GROWN_NAME, *SCHEDULER_NAMES, TRAINER_STATE_NAME),
+    *("latest", "zero_to_fp32.py"),  # DeepSpeed's
+)
 
 
 def grow_checkpoint(
@@ -89,7 +100,7 @@ def grow_checkpoint(
         >>> record = grow_checkpoint("runs/base/checkpoint-500", "runs/grown", width=2)          # doctest: +SKIP
     """
     check_state_policy(state_policy)
-    target = Path(output_dir)
+    target = Path(os.path.realpath(output_dir))  # a link stays one, to the folder that is written
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise WarmstartError(f"{target} is not empty. Pass a new folder; nothing is overwritten.")
     model_class, config = class_and_config(source)
@@ -107,14 +118,23 @@ def grow_checkpoint(
             _write_state(folder, state, plan, made, state_policy)
         _barrier()
         if _is_main():
-            if target.exists():
-                target.rmdir()
-            os.replace(made, target)
+            _finish(folder, made, target)
         _barrier()
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
         raise
     return record
+
+
+def _finish(folder: Path, made: Path, target: Path) -> None:
+    """Add what a growth does not change, and give the folder its name."""
+    if folder.is_dir():
+        _copy_other_files(folder, made)
+    os.umask(umask := os.umask(0))
+    made.chmod(0o777 & ~umask)  # a temporary folder is its owner's alone
+    if target.exists():
+        target.rmdir()
+    os.replace(made, target)
 
 
 # -- the pieces -------------------------------------------------------------------------------------------------------
@@ -188,13 +208,18 @@ def _write_state(folder: Path, state: ParentState, plan: GrowthPlan, made: Path,
     for name in SCHEDULER_NAMES:
         if state.optimizer is not None and (folder / name).is_file():
             shutil.copy2(folder / name, made / name)
-    for pattern in KEPT:
-        for path in folder.glob(pattern):
-            shutil.copy2(path, made / path.name)
     if state.trainer:
         # The best checkpoint so far is the parent's, which the grown run cannot load.
         best = {"best_metric": None, "best_model_checkpoint": None, "best_global_step": None}
         (made / TRAINER_STATE_NAME).write_text(json.dumps({**state.trainer, **best}, indent=2) + "\n")
+
+
+def _copy_other_files(folder: Path, made: Path) -> None:
+    """Tokenizer, processor, code, random states, our own notes: what is neither weights nor written anew."""
+    for path in folder.iterdir():
+        known = any(fnmatchcase(path.name, pattern) for pattern in (*WEIGHTS, *DESCRIPTION, *STATE))
+        if path.is_file() and not known and not (made / path.name).exists():
+            shutil.copy2(path, made / path.name)
 
 
 def _is_named(folder: Path) -> bool:

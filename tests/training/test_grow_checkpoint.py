@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from accelerate import Accelerator
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, Trainer
 
-from hf_warmstart import WarmstartError, grow_checkpoint
+from hf_warmstart import WarmstartError, grow, grow_checkpoint
 
 from ..models import some_tokens, tiny_model
 from .conftest import blocks, losses, stock_trainer, warmstart_trainer
@@ -87,6 +89,72 @@ def test_reset_leaves_the_optimizer_out(base, tmp_path):
     grow_checkpoint(base, tmp_path / "grown", width=2, state_policy="reset")
     assert not (tmp_path / "grown" / "optimizer.pt").exists()
     assert (tmp_path / "grown" / "trainer_state.json").exists()
+
+
+def test_our_trainer_goes_on_from_a_grown_checkpoint_where_the_run_stood(base, tmp_path):
+    """The parent is itself a grown run: its place in the schedule lies in a file of ours."""
+    child = grow(AutoModelForCausalLM.from_pretrained(base), width=2)
+    whole = warmstart_trainer(child, tmp_path / "run", 20, blocks(20, 20), warmstart_from=base, save_steps=10)
+    whole.train()
+    grow_checkpoint(tmp_path / "run" / "checkpoint-10", tmp_path / "grown", depth=2)
+    grandchild = AutoModelForCausalLM.from_pretrained(tmp_path / "grown")
+    resumed = warmstart_trainer(grandchild, tmp_path / "resumed", 20, blocks(20, 20))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "grown"))
+    assert resumed.state.global_step == 20
+    assert _rates(resumed)[10:] == _rates(whole)[10:]
+    assert min(_rates(resumed)[10:]) > 0 and len(set(_rates(whole))) == 20
+
+
+def _rates(trainer: Trainer) -> list[float]:
+    return [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
+
+
+def test_every_file_is_taken_along_that_a_growth_does_not_change(base, tmp_path):
+    source = shutil.copytree(base, tmp_path / "source")
+    kept = ["chat_template.jinja", "vocab.json", "merges.txt", "added_tokens.json", "spiece.model", "tokenizer.json"]
+    kept += ["preprocessor_config.json", "special_tokens_map.json", "modeling_mine.py", "LICENSE"]
+    gone = ["README.md", "growth.json", "pytorch_model.bin", "model-00001-of-00002.safetensors", "flax_model.msgpack"]
+    for name in [*kept, *gone]:
+        (source / name).write_text(f"the parent's {name}")
+    (source / "tokenizer_files").mkdir()
+    grow_checkpoint(source, tmp_path / "grown", width=2)
+    grown = {path.name: path for path in (tmp_path / "grown").iterdir()}
+    assert all(grown[name].read_text() == f"the parent's {name}" for name in kept)
+    assert (source / "rng_state.pth").read_bytes() == grown["rng_state.pth"].read_bytes()
+    written = {"README.md", "growth.json", "config.json", "generation_config.json", "model.safetensors"}
+    written |= {"optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth"}
+    assert set(grown) == {*kept, *written}
+    assert not any(path.read_bytes().startswith(b"the parent's") for name, path in grown.items() if name in written)
+
+
+def test_a_model_without_training_state_keeps_its_tokenizer(base, tmp_path):
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    grow_checkpoint(tmp_path / "model", tmp_path / "grown", depth=2)
+    assert (tmp_path / "grown" / "tokenizer.json").read_text() == "{}"
+
+
+def test_others_may_read_the_grown_folder_as_any_that_is_made(base, tmp_path):
+    for umask in (0o022, 0o077):
+        before = os.umask(umask)
+        try:
+            grow_checkpoint(base, tmp_path / f"grown-{umask}", width=2)
+            assert os.umask(umask) == umask
+        finally:
+            os.umask(before)
+        assert (tmp_path / f"grown-{umask}").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_the_target_may_be_a_link(made, base, tmp_path):
+    """To an empty folder, or to none."""
+    if made:
+        (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    grow_checkpoint(base, tmp_path / "link", depth=2)
+    assert (tmp_path / "link").is_symlink()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "disk").config.num_hidden_layers == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
 
 
 def test_what_is_in_the_way_stays(base, tmp_path):
