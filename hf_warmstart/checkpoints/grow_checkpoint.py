@@ -23,10 +23,10 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -55,6 +55,7 @@ from .sharded import ShardedFolder, is_sharded
 
 SHARDED_MODEL = "pytorch_model_fsdp_0"
 FULL_MODEL = "pytorch_model_fsdp.bin"
+Result = TypeVar("Result")
 # What a growth writes anew or leaves out; every other file is taken along as it is.
 WEIGHTS = (
     *("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "tf_model*", "flax_model*", "rust_model*"),
@@ -113,13 +114,11 @@ def grow_checkpoint(
         if is_sharded(folder / SHARDED_MODEL):
             record = _grow_sharded_weights(folder, plan, made)
         else:
-            record = _grow_whole_weights(source, plan, made, max_shard_size)
+            record = _on_main(lambda: _grow_whole_weights(source, plan, made, max_shard_size))
         if state is not None:
             _write_state(folder, state, plan, made, state_policy)
         _barrier()
-        if _is_main():
-            _finish(folder, made, target)
-        _barrier()
+        _on_main(lambda: _finish(folder, made, target))
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
         raise
@@ -197,15 +196,18 @@ def _grow_sharded_weights(folder: Path, plan: GrowthPlan, made: Path) -> GrowthR
 
 
 def _write_state(folder: Path, state: ParentState, plan: GrowthPlan, made: Path, state_policy: str) -> None:
-    if state.optimizer is not None:
-        if is_sharded(folder / SHARDED_OPTIMIZER):
-            _write_sharded_optimizer(state.optimizer, plan, made, state_policy)
-        elif _is_main():
-            name = OPTIMIZER_NAME if (folder / OPTIMIZER_NAME).is_file() else OPTIMIZER_NAME_BIN
-            _write_whole_optimizer(state.optimizer, plan, made / name, state_policy, _is_named(folder))
-    if not _is_main():
-        return
+    if state.optimizer is not None and is_sharded(folder / SHARDED_OPTIMIZER):
+        _write_sharded_optimizer(state.optimizer, plan, made, state_policy)
+    _on_main(lambda: _write_whole_state(folder, state, plan, made, state_policy))
+
+
+def _write_whole_state(folder: Path, state: ParentState, plan: GrowthPlan, made: Path, state_policy: str) -> None:
+    """What one process writes: all but shards."""
+    if state.optimizer is not None and not is_sharded(folder / SHARDED_OPTIMIZER):
+        name = OPTIMIZER_NAME if (folder / OPTIMIZER_NAME).is_file() else OPTIMIZER_NAME_BIN
+        _write_whole_optimizer(state.optimizer, plan, made / name, state_policy, _is_named(folder))
     for name in SCHEDULER_NAMES:
+        # Without an optimizer file neither is loaded.
         if state.optimizer is not None and (folder / name).is_file():
             shutil.copy2(folder / name, made / name)
     if state.trainer:
@@ -318,6 +320,24 @@ def _staging(target: Path) -> Path:
 
 def _is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _on_main(work: Callable[[], Result]) -> Result:
+    """What the main rank's work gives, on every rank; where it fails, all of them do."""
+    if not dist.is_initialized():
+        return work()
+    outcome: list[Any] = [None, None]
+    fault: Exception | None = None
+    if _is_main():
+        try:
+            outcome[0] = work()
+        except Exception as raised:
+            fault = raised
+            outcome[1] = f"The main rank failed: {type(raised).__name__}: {raised}"
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise fault or WarmstartError(outcome[1])
+    return outcome[0]
 
 
 def _barrier() -> None:

@@ -146,6 +146,26 @@ def grow_on_ranks(parent: str, grown: str) -> None:
     grow_checkpoint(parent, grown, **GROWTH)
 
 
+def grow_whole_on_ranks(parent: str, grown: str, reports: str) -> None:
+    """`grow_checkpoint` of a checkpoint that is not sharded; every rank reports the record."""
+    record = grow_checkpoint(parent, grown, **GROWTH)
+    Path(reports, f"record-{dist.get_rank()}.json").write_text(json.dumps(record.to_dict()))
+
+
+def fail_to_grow_on_ranks(parent: str, grown: str, reports: str) -> None:
+    """The main rank cannot write: all ranks report what they raise."""
+    if dist.get_rank() == 0:
+        grow_checkpoint.__globals__["save_grown"] = _full_disk
+    try:
+        grow_checkpoint(parent, grown, **GROWTH)
+    except Exception as fault:
+        Path(reports, f"fault-{dist.get_rank()}.txt").write_text(str(fault))
+
+
+def _full_disk(*args: Any, **kwargs: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
 def resume_by_our_trainer(grown: str, again: str, report: str) -> None:
     """Resume, and save once more, by the methods of WarmstartTrainer, whose groups hold names."""
     model = sharded(wrong_model(AutoConfig.from_pretrained(grown)))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from hf_warmstart import WarmstartError, grow, grow_checkpoint
 
 from ..models import some_tokens, tiny_model
 from .conftest import blocks, losses, stock_trainer, warmstart_trainer
+from .ranks import run_on_ranks
+from .sharded_jobs import GROWTH
 
 
 def test_a_stock_trainer_goes_on_from_the_grown_checkpoint_as_ours_does_from_the_parent(base, tmp_path):
@@ -36,19 +40,32 @@ def test_a_stock_trainer_goes_on_from_the_grown_checkpoint_as_ours_does_from_the
 
 def test_depth_keeps_every_entry_with_its_own_layer(base, tmp_path):
     grow_checkpoint(base, tmp_path / "grown", depth=2)
-    saved = torch.load(tmp_path / "grown" / "optimizer.pt", weights_only=True)
-    named = {
-        name: saved["state"][number]
-        for group in saved["param_groups"]
-        for number, name in zip(group["params"], group["param_names"], strict=True)
-    }
-    parent = torch.load(base / "optimizer.pt", weights_only=True)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "grown")
-    stock = stock_trainer(model, tmp_path / "stock", 1, blocks(0, 1))
-    stock.create_optimizer()
-    order = [p.shape for group in stock.optimizer.param_groups for p in group["params"]]
-    assert [saved["state"][number]["exp_avg"].shape for number in sorted(saved["state"])] == order
-    assert len(parent["state"]) < len(saved["state"]) == len(named)
+    child, parent = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "grown", base))
+    before = _moments(base, stock_trainer(parent, tmp_path / "parent", 1, blocks(0, 1)))
+    after = _moments(tmp_path / "grown", stock_trainer(child, tmp_path / "child", 1, blocks(0, 1)))
+    assert len({float(moment.sum()) for moment in before.values()}) == len(before)  # so that a wrong layer shows
+    # A new layer adds nothing at first; the others are the parent's, in its order.
+    new = [not layer.mlp.down_proj.weight.any() for layer in child.model.layers]
+    old = [number for number, is_new in enumerate(new) if not is_new]
+    assert new == [False, True, False, True]
+    assert set(after) == {name for name, _ in child.named_parameters()}
+    for name, moment in after.items():
+        layer, _, rest = name.removeprefix("model.layers.").partition(".")
+        if not name.startswith("model.layers."):
+            assert torch.equal(moment, before[name]), name
+        elif new[int(layer)]:
+            assert not moment.any(), name
+        else:
+            assert torch.equal(moment, before[f"model.layers.{old.index(int(layer))}.{rest}"]), name
+
+
+def _moments(checkpoint: Path, trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The first moments in a checkpoint by the names that a stock Trainer's optimizer has at their numbers."""
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    order = [names[id(p)] for group in trainer.create_optimizer().param_groups for p in group["params"]]
+    saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    assert [number for group in saved["param_groups"] for number in group["params"]] == list(range(len(order)))
+    return {order[number]: entry["exp_avg"] for number, entry in saved["state"].items()}
 
 
 def test_a_folder_of_accelerates_save_state_is_grown_and_loads_again(tmp_path):
@@ -174,3 +191,28 @@ def test_a_fault_leaves_nothing_under_the_targets_name(base, tmp_path, monkeypat
     with pytest.raises(OSError, match="No space"):
         grow_checkpoint(base, tmp_path / "out" / "grown", width=2)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_two_ranks_grow_a_whole_checkpoint_as_one_process_does(base, tmp_path):
+    grow_checkpoint(base, tmp_path / "alone", **GROWTH)
+    arguments = {"parent": str(base), "reports": str(tmp_path)}
+    run_on_ranks(
+        tmp_path / "ranks",
+        [
+            ("grow_whole_on_ranks", 2, arguments | {"grown": str(tmp_path / "grown")}),
+            ("fail_to_grow_on_ranks", 2, arguments | {"grown": str(tmp_path / "failed")}),
+        ],
+    )
+    alone, grown = ({p.name: p for p in (tmp_path / name).iterdir()} for name in ("alone", "grown"))
+    assert set(grown) == set(alone)
+    for name in ("model.safetensors", "config.json", "scheduler.pt", "trainer_state.json"):
+        assert grown[name].read_bytes() == alone[name].read_bytes(), name
+    a, b = (torch.load(files["optimizer.pt"], weights_only=True) for files in (alone, grown))
+    assert a["param_groups"] == b["param_groups"] and set(a["state"]) == set(b["state"])
+    for number, entry in a["state"].items():
+        assert all(torch.equal(value, b["state"][number][key]) for key, value in entry.items())
+    first, second = (json.loads((tmp_path / f"record-{rank}.json").read_text()) for rank in range(2))
+    assert first == second and first["growth_config"]["depth"] == 2
+    # A fault of the main rank is one of all, and leaves nothing.
+    assert all("No space left" in (tmp_path / f"fault-{rank}.txt").read_text() for rank in range(2))
+    assert not [path for path in tmp_path.iterdir() if "failed" in path.name]
