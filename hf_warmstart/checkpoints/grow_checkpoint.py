@@ -24,6 +24,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Trainer
 from transformers.trainer import (
@@ -49,7 +51,15 @@ from ..growth.state import check_entry, check_state_policy, grow_entry, grow_gro
 from ..growth.twin import build
 from ..hub.save import CARD_NAME, GROWTH_NAME, save_grown
 from ..training.grown_adamw import GROWN_NAME, set_aside_for_us
-from .parent_state import SCHEDULER_NAMES, SHARDED_OPTIMIZER, ParentState, load_file, optimizer_file, read_parent_state
+from .parent_state import (
+    SCHEDULER_NAMES,
+    SHARDED_OPTIMIZER,
+    ParentState,
+    load_file,
+    optimizer_file,
+    read_parent_state,
+    read_settings,
+)
 from .placement import from_rows, rows_of
 from .sharded import ShardedFolder, is_sharded
 
@@ -85,7 +95,8 @@ def grow_checkpoint(
         output_dir: the new folder; it must not exist, or be empty. `from_pretrained` loads it, and where the source held
             training state, training resumes from it (`train(resume_from_checkpoint=output_dir)`).
         growth_config: what to grow; or its fields as keywords; or the target's config.
-        state_policy (`str`, defaults to `"carry"`): as for `grow_optimizer_state`.
+        state_policy (`str`, defaults to `"carry"`): as for `grow_optimizer_state`. Under `"reset"` the optimizer's file keeps
+            the settings of its groups and no state, so that the schedule goes on; of an FSDP model neither is written.
         max_shard_size (`str` or `int`, defaults to `"5GB"`): of the safetensors files.
         **options: fields of `GrowthConfig`, or sizes by their transformers names.
 
@@ -147,15 +158,17 @@ def _training_state(folder: Path, plan: GrowthPlan, state_policy: str) -> Parent
     def parent_on_meta(config: PreTrainedConfig | None) -> PreTrainedModel:
         return build(plan.model_class, plan.source_config, "meta")
 
-    names = Trainer.get_decay_parameter_names
+    def decay_names(model: nn.Module) -> list[str]:
+        return Trainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]
+
+    reset = state_policy == "reset"
     scheduler = any((folder / name).is_file() for name in SCHEDULER_NAMES)
-    return read_parent_state(
-        folder,
-        parent_on_meta,
-        lambda model: names(None, model),  # type: ignore[arg-type]
-        optimizer=state_policy != "reset",
-        scheduler=scheduler,
-    )
+    state = read_parent_state(folder, parent_on_meta, decay_names, optimizer=not reset, scheduler=scheduler)
+    if reset and not is_sharded(folder / SHARDED_OPTIMIZER):
+        settings = read_settings(folder, parent_on_meta(None), decay_names)
+        if settings is not None:
+            return replace(state, optimizer={"state": {}, "param_groups": settings})
+    return state
 
 
 def _grow_whole_weights(
@@ -204,7 +217,7 @@ def _write_state(folder: Path, state: ParentState, plan: GrowthPlan, made: Path,
 def _write_whole_state(folder: Path, state: ParentState, plan: GrowthPlan, made: Path, state_policy: str) -> None:
     """What one process writes: all but shards."""
     if state.optimizer is not None and not is_sharded(folder / SHARDED_OPTIMIZER):
-        name = OPTIMIZER_NAME if (folder / OPTIMIZER_NAME).is_file() else OPTIMIZER_NAME_BIN
+        name = OPTIMIZER_NAME_BIN if optimizer_file(folder) == folder / OPTIMIZER_NAME_BIN else OPTIMIZER_NAME
         _write_whole_optimizer(state.optimizer, plan, made / name, state_policy, _is_named(folder))
     for name in SCHEDULER_NAMES:
         # Without an optimizer file neither is loaded.
@@ -225,7 +238,9 @@ def _copy_other_files(folder: Path, made: Path) -> None:
 
 
 def _is_named(folder: Path) -> bool:
-    return any(isinstance(name, str) for name in load_file(optimizer_file(folder))["state"])
+    """Whether an optimizer's file has its state by name, as that of an FSDP model has."""
+    file = optimizer_file(folder)
+    return file is not None and any(isinstance(name, str) for name in load_file(file)["state"])
 
 
 def _write_whole_optimizer(

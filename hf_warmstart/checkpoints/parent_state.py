@@ -17,6 +17,7 @@ taken.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -129,6 +130,24 @@ def read_parent_state(
         position = step if position == step * processes else position
     own = json.loads((folder / OWN_STATE).read_text()) if (folder / OWN_STATE).is_file() else {}
     return ParentState(config, step, named, position, trainer, own)
+
+
+def read_settings(
+    folder: Path, parent: nn.Module, decay_names: Callable[[nn.Module], list[str]]
+) -> list[dict[str, Any]] | None:
+    """The groups of a checkpoint's optimizer, parameters by name, whatever its state is; None where they cannot be told."""
+    file = optimizer_file(folder)
+    if file is None:
+        return None
+    with contextlib.suppress(StateError, KeyError, TypeError):
+        saved, names = load_file(file), decay_names(parent)
+        if any(isinstance(name, str) for name in saved["state"]):
+            return None  # of an FSDP model, whose loaders want a state
+        try:
+            return name_optimizer_state(saved, parent, names)["param_groups"]
+        except StateError:  # its state, which is not asked for, may be of a kind that is not known
+            return name_optimizer_state({**saved, "state": {}}, parent, names)["param_groups"]
+    return None
 
 
 def load_file(path: Path | None) -> dict[str, Any]:

@@ -102,9 +102,49 @@ def test_a_model_without_training_state_is_grown_alone(base, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "grown").config.num_hidden_layers == 4
 
 
-def test_reset_leaves_the_optimizer_out(base, tmp_path):
+def test_reset_keeps_the_settings_and_the_schedule_and_no_moment(base, tmp_path):
     grow_checkpoint(base, tmp_path / "grown", width=2, state_policy="reset")
-    assert not (tmp_path / "grown" / "optimizer.pt").exists()
+    saved, parents = (torch.load(f / "optimizer.pt", weights_only=True) for f in (tmp_path / "grown", base))
+    assert saved["state"] == {}
+    numbered = ("params", "param_names")
+    for group, parent in zip(saved["param_groups"], parents["param_groups"], strict=True):
+        assert group | dict.fromkeys(numbered) == parent | dict.fromkeys(numbered)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "grown")
+    stock = stock_trainer(model, tmp_path / "stock", 120, blocks(0, 120), save_strategy="no")
+    stock.train(resume_from_checkpoint=str(tmp_path / "grown"))
+    assert stock.state.global_step == 120
+    parent_run = stock_trainer(_parent(base), tmp_path / "parent", 120, blocks(0, 120), save_strategy="no")
+    parent_run.train(resume_from_checkpoint=str(base))
+    assert _rates(stock) == _rates(parent_run)
+    assert {float(entry["step"]) for entry in stock.optimizer.state.values()} == {100.0}
+
+
+def _parent(base: Path) -> AutoModelForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(base)
+
+
+def test_reset_of_a_state_of_no_known_kind_keeps_its_settings(base, tmp_path):
+    source = shutil.copytree(base, tmp_path / "source")
+    saved = torch.load(base / "optimizer.pt", weights_only=True)
+    saved["state"] = {
+        number: {"step": entry["step"], "sum": entry["exp_avg"]} for number, entry in saved["state"].items()
+    }
+    torch.save(saved, source / "optimizer.pt")
+    grow_checkpoint(source, tmp_path / "grown", width=2, state_policy="reset")
+    grown = torch.load(tmp_path / "grown" / "optimizer.pt", weights_only=True)
+    assert [group["lr"] for group in grown["param_groups"]] == [group["lr"] for group in saved["param_groups"]]
+    assert grown["state"] == {} and (tmp_path / "grown" / "scheduler.pt").exists()
+
+
+@pytest.mark.parametrize("content", [None, b"damaged"])
+def test_reset_without_a_readable_optimizer_leaves_it_and_the_schedule_out(content, base, tmp_path):
+    """A stock Trainer loads both or neither."""
+    source = shutil.copytree(base, tmp_path / "source")
+    (source / "optimizer.pt").unlink()
+    if content:
+        (source / "optimizer.pt").write_bytes(content)
+    grow_checkpoint(source, tmp_path / "grown", width=2, state_policy="reset")
+    assert not [name for name in ("optimizer.pt", "scheduler.pt") if (tmp_path / "grown" / name).exists()]
     assert (tmp_path / "grown" / "trainer_state.json").exists()
 
 
