@@ -15,7 +15,7 @@ demo: $(STAMP)
 	$(BIN)/python examples/quickstart.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadscope
 
 style: $(STAMP)
 	$(BIN)/ruff check --fix hf_warmstart tests examples benchmarks

@@ -43,11 +43,6 @@ def load_grown_state(
             "not keep. Pass no optimizer, so that WarmstartTrainer makes a GrownAdamW, or another state_policy."
         )
     entries = state["state"]
-    if not same_buffers(state["param_groups"], inner):
-        raise StateError(
-            f"The parent's momentum buffers are not {type(inner).__name__}'s: SGD sums gradients, Muon averages them. Pass the "
-            "parent's optimizer, or state_policy='reset'."
-        )
     whole = optimizer.state_dict()
     for group, live in zip(whole["param_groups"], inner.param_groups, strict=True):
         for number, name, parameter in zip(group["params"], group["param_names"], live["params"], strict=True):
@@ -63,6 +58,11 @@ def load_grown_state(
                     f"The parent's state is of {kept.name if kept else 'no known optimizer'}, which {type(inner).__name__} "
                     "cannot use. Pass the parent's optimizer as optim (or optimizer_cls_and_kwargs), or "
                     "state_policy='reset'."
+                )
+            if not same_buffers(state["param_groups"], inner):
+                raise StateError(
+                    f"The parent's momentum buffers are not {type(inner).__name__}'s: SGD sums gradients, Muon averages them. "
+                    "Pass the parent's optimizer, or state_policy='reset'."
                 )
             if group.get("amsgrad") and "max_exp_avg_sq" not in entry:
                 raise StateError(
