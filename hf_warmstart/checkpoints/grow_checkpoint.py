@@ -11,8 +11,8 @@ Sharded checkpoints are grown tensor by tensor. Under `torch.distributed` every 
 grown tensor and writes its own shards; the number of ranks need not be that of the parent's run.
 
 Everything is written to a folder beside the target, which takes its name when it is complete: a run that dies leaves no
-half-written checkpoint under the target's name. Files beside weights and state (tokenizer, chat template, processor, code,
-random states) are copied as they are, folders are not.
+half-written checkpoint under the target's name. Files beside weights and state (tokenizer, chat template, processor,
+code, random states) are copied as they are, folders are not.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def grow_checkpoint(
         output_dir: the new folder; it must not exist, or be empty. `from_pretrained` loads it, and where the source held
             training state, training resumes from it (`train(resume_from_checkpoint=output_dir)`).
         growth_config: what to grow; or its fields as keywords; or the target's config.
-        state_policy (`str`, defaults to `"carry"`): as for `grow_optimizer_state`. Under `"reset"` the optimizer's file keeps
-            the settings of its groups and no state, so that the schedule goes on; of an FSDP model neither is written.
+        state_policy (`str`, defaults to `"carry"`): as for `grow_optimizer_state`. Under `"reset"` the optimizer's file
+            keeps the settings of its groups and no state, so that the schedule goes on; of an FSDP model neither is written.
         max_shard_size (`str` or `int`, defaults to `"5GB"`): of the safetensors files.
         **options: fields of `GrowthConfig`, or sizes by their transformers names.
 

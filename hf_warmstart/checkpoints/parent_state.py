@@ -135,7 +135,7 @@ def read_parent_state(
 def read_settings(
     folder: Path, parent: nn.Module, decay_names: Callable[[nn.Module], list[str]]
 ) -> list[dict[str, Any]] | None:
-    """The groups of a checkpoint's optimizer, parameters by name, whatever its state is; None where they cannot be told."""
+    """The groups of a checkpoint's optimizer by name, whatever its state is; None where they cannot be told."""
     file = optimizer_file(folder)
     if file is None:
         return None
