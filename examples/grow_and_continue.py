@@ -81,6 +81,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         before, after = GrowthRecord.all_of(child.config)[-1].parameters
         print(f"{before:,} -> {after:,} parameters, {trainer.state.global_step} steps on {args.world_size} processes")
+    trainer.accelerator.end_training()  # a process that leaves its group unclosed can die while it ends
 
 
 if __name__ == "__main__":
