@@ -87,6 +87,7 @@ def test_layouts_on_file_are_what_the_package_derives(model_type):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the classes themselves, such as on weights without entries
 def test_all_layouts_on_file_are_what_the_package_derives():
     stale = [
         path.stem for path in sorted(cache.FOLDER.glob("*.json")) if path.read_text() != regenerate.family(path.stem)
@@ -128,6 +129,7 @@ def test_layers_that_scale_the_stream_are_added_up_to_an_eps():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the classes themselves, such as on weights without entries
 def test_every_causal_language_model_is_exact_or_refused_with_a_reason():
     rows = [certify_type(kind, name) for kind, name in entries(["causal-lm"])]
     wrong = [r for r in rows for g in r.results if g.status is Status.NOT_EXACT or g.unexpected]
