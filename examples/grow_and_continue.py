@@ -81,7 +81,8 @@ def main() -> None:
     if trainer.is_world_process_zero():
         before, after = GrowthRecord.all_of(child.config)[-1].parameters
         print(f"{before:,} -> {after:,} parameters, {trainer.state.global_step} steps on {args.world_size} processes")
-    trainer.accelerator.end_training()  # a process that leaves its group unclosed can die while it ends
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

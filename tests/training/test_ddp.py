@@ -75,6 +75,7 @@ def _alone(parent: Path, folder: Path):
     return trainer
 
 
+@pytest.mark.slow
 def test_the_example_on_two_processes_with_accumulation_is_the_run_on_one(base, data, tmp_path):
     """2 processes x 2 accumulated batches x 2 examples, against one batch of 8."""
     out = tmp_path / "ddp"
