@@ -1,5 +1,7 @@
 """The library's errors: every user mistake raises a `WarmstartError` before anything is written."""
 
+from collections.abc import Iterable
+
 
 class WarmstartError(ValueError):
     """A request that cannot be met; the message says what was given, why not, and what to pass instead."""
@@ -15,6 +17,19 @@ class SizeError(WarmstartError):
 
 class StateError(WarmstartError):
     """A training state that does not belong to the model, or is incomplete."""
+
+
+class CheckpointError(WarmstartError):
+    """A checkpoint that cannot be read or written: damaged, changed meanwhile, in use, or without room on the disk.
+
+    `problems` holds all that was found, one sentence each; the message names the first twenty.
+    """
+
+    def __init__(self, message: str, problems: Iterable[str] = ()):
+        self.problems = tuple(problems)
+        more = len(self.problems) - 20
+        lines = [*self.problems[:20], *([f"and {more} more."] if more > 0 else [])]
+        super().__init__(" ".join([message, *lines]) if len(lines) == 1 else "\n  - ".join([message, *lines]))
 
 
 class ExactnessError(WarmstartError):
