@@ -36,9 +36,5 @@ class ExactnessError(WarmstartError):
     """A growth that was planned as exact and measured otherwise."""
 
 
-class CheckpointError(StateError):
-    """A checkpoint's files are incomplete, damaged, or not what they say."""
-
-
 class UntraceableError(WarmstartError):
     """A model whose tensors in memory and in its files are not made of each other's pieces; it is grown in memory."""
