@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import WarmstartError
 from ..growth.certify import Certificate
@@ -72,14 +72,51 @@ def save_grown(
         ...     sorted(path.suffix for path in saved.iterdir())
         ['.json', '.json', '.json', '.md', '.safetensors']
     """
-    config = config_of(model)
-    records = records_of(config)
-    results = checked_metrics(metrics)
     if refused := sorted(_REFUSED & set(save_kwargs)):
         raise WarmstartError(f"{refused} do not fit here: the card describes this model, whole. Leave them out.")
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise WarmstartError(f"{folder} is a file. Pass the folder to save into.")
+    texts = description(
+        model, certificate=certificate, metrics=metrics, dataset=dataset, license=license, model_name=model_name
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as made:
+        model.save_pretrained(made, **save_kwargs)
+        for name, text in texts.items():
+            Path(made, name).write_text(text, encoding="utf-8")
+        written = files_below(made)
+        for name in written:
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(Path(made, name), target)
+    for name in stale_weights((path.name for path in folder.iterdir()), written):
+        (folder / name).unlink()
+    return folder
+
+
+def description(
+    model: PreTrainedModel | PreTrainedConfig,
+    *,
+    certificate: Certificate | None = None,
+    metrics: Mapping[str, float] | None = None,
+    dataset: str | None = None,
+    license: str | None = None,
+    model_name: str | None = None,
+    files: Mapping[str, Mapping[str, str | int]] | None = None,
+) -> dict[str, str]:
+    """What lies beside the weights of a grown model: the texts of `growth.json` and of the card, by file name.
+
+    Args:
+        model: a grown model, or its config. files: size and sha256 of each file of weights, where they are known.
+        certificate, metrics, dataset, license, model_name: as for `save_grown`.
+
+    Raises:
+        WarmstartError: there is no record, or a metric is not a finite number.
+    """
+    config = config_of(model)
+    records = records_of(config)
+    results = checked_metrics(metrics)
     certificate = certificate or certify_record(config)
     card = render_card(
         model, certificate=certificate, metrics=results, dataset=dataset, license=license, model_name=model_name
@@ -90,20 +127,9 @@ def save_grown(
         "certificate": certificate.to_dict(),
         "metrics": results,
         "dataset": dataset,
+        **({} if files is None else {"files": files}),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as made:
-        model.save_pretrained(made, **save_kwargs)
-        Path(made, GROWTH_NAME).write_text(to_json(facts) + "\n", encoding="utf-8")
-        card.save(Path(made, CARD_NAME))
-        written = files_below(made)
-        for name in written:
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(Path(made, name), target)
-    for name in stale_weights((path.name for path in folder.iterdir()), written):
-        (folder / name).unlink()
-    return folder
+    return {GROWTH_NAME: to_json(facts) + "\n", CARD_NAME: str(card)}
 
 
 def files_below(folder: str | os.PathLike) -> list[str]:

@@ -1,0 +1,250 @@
+"""Weights grown from files to files: some rows are read, mapped, written and let go.
+
+    a tensor of the child's files  <- file_view -  the child's tensors  <- maps -  the parent's  <- loaded_view -  its files
+
+Nothing is instantiated beyond the meta device. Several threads make blocks of rows, a few ahead of the one place where they
+are written in the files' order; the sink writes, hashes and syncs behind it. Every number depends on its own rows and on what
+`TensorGrowth.totals` takes from the whole parent's tensor, so the bytes do not depend on threads or on the size of a block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from threading import Lock
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..growth.matrix import Totals
+from ..growth.plan import GrowthPlan
+from ..growth.transform import TensorGrowth
+from .pieces import Assembled, Box, Reader
+from .safetensors_sink import SafetensorsSink
+from .safetensors_source import SafetensorsSource
+
+Made = TypeVar("Made")
+
+
+class ParentWeights:
+    """The parent's tensors as they are in memory, read from its files.
+
+    Args:
+        source: the files. view: the tensors in memory, made of those in files (`loaded_view`).
+    """
+
+    def __init__(self, source: SafetensorsSource, view: Mapping[str, Assembled]):
+        self._source, self._view = source, view
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Of each tensor in memory."""
+        return {name: assembled.dtype for name, assembled in self._view.items()}
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a tensor's matrix form (all axes but the last are rows together), of shape (stop - start, columns)."""
+        assembled = self._view[name]
+        columns = assembled.shape[-1] if len(assembled.shape) > 1 else 1
+        boxes = boxes_of_rows(assembled.shape, start, stop)
+        parts = [assembled.region(box, self._read).reshape(-1, columns) for box in boxes]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts) if parts else torch.empty(0, columns, dtype=assembled.dtype)
+
+    def _read(self, name: str, box: Box) -> Tensor:
+        """A box of a tensor in the files, by way of its rows."""
+        shape = self._source.tensors[name].shape
+        if not box:
+            return self._source.read_rows(name)
+        # Leading axes of one entry are walked down to, so that rows of one expert are read alone.
+        deep = next((k for k, (a, b) in enumerate(box) if b - a != 1), len(box) - 1)
+        inner = math.prod(shape[deep + 1 :])
+        at = 0
+        for (first, _), size in zip(box[:deep], shape[:deep], strict=True):
+            at = at * size + first
+        (first, last), size = box[deep], shape[deep]
+        entries = self._source.read_entries(name, (at * size + first) * inner, (at * size + last) * inner)
+        rest = tuple(slice(a, b) for a, b in box[deep + 1 :])
+        found = entries.view(*[1] * deep, last - first, *shape[deep + 1 :])
+        return found[(slice(None),) * (deep + 1) + rest]
+
+    def digest(self, block_bytes: int) -> str:
+        """sha256 over names and bytes of all tensors: that of `growth.source.digest` for the loaded model."""
+        total = hashlib.sha256()
+        for name in sorted(self._view):
+            assembled = self._view[name]
+            total.update(f"{name} {assembled.dtype} {tuple(assembled.shape)}\n".encode())
+            for start, stop in blocks_of(assembled.shape, assembled.dtype.itemsize, block_bytes):
+                rows = self.rows(name, start, stop).contiguous()
+                total.update(rows.flatten().view(torch.uint8).numpy().data if rows.numel() else b"")
+        return total.hexdigest()
+
+
+class GrownWeights:
+    """The child's tensors, any box of them made when it is asked for."""
+
+    def __init__(self, plan: GrowthPlan, parent: ParentWeights):
+        self._plan, self._parent = plan, parent
+        self._growths: dict[str, tuple[TensorGrowth, Future[Totals]]] = {}
+        self._lock = Lock()
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Of each of the child's tensors."""
+        of_parent = self._parent.dtypes
+        return {name: of_parent[self._plan.source_name(name)] for name in self._plan.names}
+
+    def region(self, name: str, box: Box) -> Tensor:
+        """A box of a tensor; trailing axes that the box leaves out are whole."""
+        growth, totals = self._growth(name)
+        shape = growth.shape
+        read = partial(self._parent.rows, self._plan.source_name(name))
+        start, stop, cover, cuts = rows_of_box(shape, box)
+        rows = growth.weight_rows(read, start, stop, totals)
+        return rows.reshape(cover)[cuts]
+
+    def _growth(self, name: str) -> tuple[TensorGrowth, Totals]:
+        """How a tensor grows, and what its rows take from the whole parent's tensor: by the first thread that asks."""
+        with self._lock:
+            known = self._growths.get(name)
+            if known is None:
+                mine = self._growths[name] = self._plan.tensor(name), Future()
+        if known is not None:
+            return known[0], known[1].result()
+        growth, totals = mine
+        try:
+            totals.set_result(growth.totals(partial(self._parent.rows, self._plan.source_name(name))))
+        except BaseException as error:
+            totals.set_exception(error)
+        return growth, totals.result()
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of one tensor of the child's files, as they are made and written in one go."""
+
+    tensor: Assembled
+    start: int
+    stop: int
+
+    def make(self, read: Reader) -> Tensor:
+        return self.tensor.rows(self.start, self.stop, read)
+
+
+def stream_weights(
+    grown: GrownWeights,
+    files: Mapping[str, Assembled],
+    sink: SafetensorsSink,
+    *,
+    threads: int,
+    block_bytes: int,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> None:
+    """Write every shard that is not done.
+
+    Args:
+        files: the tensors of the files over those in memory (`file_view`).
+        threads: make blocks at the same time. block_bytes: of a block, at least one row.
+        progress: called with the number of bytes that were written since the last call.
+
+    Raises:
+        CheckpointError: something could not be read or written.
+    """
+    todo = [shard for shard in sink.shards if not shard.done]
+
+    def blocks_in(names: Iterable[str]) -> Iterator[Block]:
+        for name in names:
+            made = files[name]
+            for start, stop in blocks_of(made.shape, made.dtype.itemsize, block_bytes):
+                yield Block(made, start, stop)
+
+    work = (partial(block.make, grown.region) for shard in todo for block in blocks_in(shard.layout))
+    with ahead(work, threads, window=2 * threads) as made:
+        for shard in todo:
+            with shard.open():
+                for _ in blocks_in(shard.layout):
+                    rows = next(made)
+                    shard.write(rows)
+                    progress(rows.nbytes)
+
+
+@contextmanager
+def ahead(work: Iterable[Callable[[], Made]], threads: int, window: int) -> Iterator[Iterator[Made]]:
+    """Context with the results of work in order, at most `window` of them begun before they are asked for."""
+    tasks = iter(work)
+    with ThreadPoolExecutor(threads) as pool:
+        begun: deque[Future[Made]] = deque()
+
+        def results() -> Iterator[Made]:
+            begun.extend(pool.submit(task) for task in itertools.islice(tasks, window))
+            while begun:
+                result = begun.popleft().result()
+                begun.extend(pool.submit(task) for task in itertools.islice(tasks, 1))
+                yield result
+                del result  # the memory is the caller's
+
+        try:
+            yield results()
+        finally:
+            for future in begun:
+                future.cancel()
+
+
+# -- rows and boxes ---------------------------------------------------------------------------------------------------
+
+
+def blocks_of(shape: tuple[int, ...], itemsize: int, block_bytes: int) -> Iterator[tuple[int, int]]:
+    """Ranges of the leading axis of about a number of bytes each; a scalar is one row."""
+    rows = shape[0] if shape else 1
+    row_bytes = max(1, math.prod(shape[1:]) * itemsize)
+    step = max(1, block_bytes // row_bytes)
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def boxes_of_rows(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
+    """The boxes that rows of a tensor's matrix form are, in order: whole leading entries together, parts of one apart."""
+    if len(shape) < 2:
+        yield ((start, stop),) if shape else ()
+        return
+    if len(shape) == 2:
+        yield ((start, stop), (0, shape[1]))
+        return
+    inner = math.prod(shape[1:-1])
+    while start < stop:
+        entry, offset = divmod(start, inner)
+        if offset == 0 and stop - start >= inner:
+            last = stop // inner
+            yield ((entry, last), *((0, size) for size in shape[1:]))
+            start = last * inner
+        else:
+            end = min(inner, offset + stop - start)
+            for box in boxes_of_rows(shape[1:], offset, end):
+                yield ((entry, entry + 1), *box)
+            start += end - offset
+
+
+def rows_of_box(shape: tuple[int, ...], box: Box) -> tuple[int, int, tuple[int, ...], tuple[slice, ...]]:
+    """The rows of a tensor's matrix form around a box: first and last, their shape, and where in it the box lies."""
+    box = (*box, *((0, size) for size in shape[len(box) :]))
+    if not shape:
+        return 0, 1, (), ()
+    lead = box[:-1] if len(shape) > 1 else box
+    sizes = shape[: len(lead)]
+    wide = next((k for k, (a, b) in enumerate(lead) if b - a != 1), len(lead) - 1)
+    inner = math.prod(sizes[wide + 1 :])
+    at = 0
+    for (first, _), size in zip(lead[:wide], sizes[:wide], strict=True):
+        at = at * size + first
+    first, last = lead[wide]
+    start = (at * sizes[wide] + first) * inner
+    cover = (*[1] * wide, last - first, *shape[wide + 1 :])
+    cuts = (*[slice(None)] * (wide + 1), *(slice(a, b) for a, b in box[wide + 1 :]))
+    return start, start + (last - first) * inner, cover, cuts
