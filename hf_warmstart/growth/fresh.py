@@ -9,6 +9,7 @@ nothing about it is known here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -28,6 +29,7 @@ _FOLLOWED = (
     | _CONSTANTS
     | {"mul_", "div_", "add_", "sub_", "clamp_", "neg_", "abs_", "exp_", "sqrt_", "erfinv_", "log_"}
 )
+GROUP = 4096  # entries; part of the definition of what is computed from draws
 _CREATES = _CONSTANTS - {"zero_", "fill_"}
 
 
@@ -38,6 +40,35 @@ class Step:
     name: str
     args: tuple[Any, ...]
     view: tuple[tuple[int, ...], tuple[int, ...], int] | None = None
+
+    def span(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
+        """The entries of a tensor of this shape that it writes, from one number to another; None if they are scattered."""
+        if self.view is None:
+            return 0, math.prod(shape)
+        size, stride, offset = self.view
+        expected = 1
+        for length, step in zip(reversed(size), reversed(stride), strict=True):
+            if length != 1 and step != expected:
+                return None
+            expected *= length
+        return offset, offset + expected
+
+    def apply(self, target: Tensor, seed: int, stream: str, name: str, whole: int, part: tuple[int, int]) -> None:
+        """Do it to some entries (a vector): `part`, of the `whole` number that it writes."""
+        if self.name == "normal_":
+            mean, std = (*self.args, 0.0, 1.0)[:2] if self.args else (0.0, 1.0)
+            target.copy_(random.normal((whole,), seed, stream, name, part)).mul_(std).add_(mean)
+        elif self.name == "uniform_":
+            low, high = self.args[:2] if len(self.args) >= 2 else (0.0, 1.0)
+            target.copy_(random.uniform((whole,), seed, stream, name, part)).mul_(high - low).add_(low)
+        elif self.name == "fill_" or self.name == "full":
+            target.fill_(self.args[0])
+        elif "ones" in self.name:
+            target.fill_(1.0)
+        elif self.name in _CONSTANTS:
+            target.zero_()
+        else:
+            getattr(target, self.name)(*self.args)
 
 
 @dataclass
@@ -50,26 +81,42 @@ class Recipe:
 
     def make(self, seed: int, name: str) -> Tensor:
         """The tensor (float32, `shape`) for a seed; equal recipes, seeds and names give equal bits."""
+        return self._entries(seed, name, 0, math.prod(self.shape)).reshape(self.shape)
+
+    def rows(self, seed: int, name: str, start: int, stop: int) -> Tensor:
+        """Rows of `make`'s matrix form: the last axis are the columns, all others together the rows; a vector is a column."""
+        columns = self.shape[-1] if len(self.shape) > 1 else 1
+        return self._entries(seed, name, start * columns, stop * columns).view(stop - start, columns)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether `rows` makes no more than it is asked for; else it makes the whole tensor, or even the whole model."""
+        return self.computed is None and all(step.span(self.shape) is not None for step in self.steps)
+
+    def _entries(self, seed: int, name: str, low: int, high: int) -> Tensor:
+        """Some of the entries, counted along the flattened tensor."""
         if self.computed is not None:
-            return self.computed().detach().float().clone()
+            return self.computed().detach().float().flatten()[low:high].clone()
+        if not self.by_rows:
+            return self._strided(seed, name).flatten()[low:high]
+        # Whole groups, so that an entry has the same place in a vector unit whatever is asked for.
+        first, last = low - low % GROUP, min(high + -high % GROUP, math.prod(self.shape))
+        out = torch.zeros(max(0, last - first), dtype=torch.float32)
+        for number, step in enumerate(self.steps):
+            begin, end = step.span(self.shape) or (0, 0)
+            part = max(begin, first), min(end, last)
+            if part[0] < part[1]:
+                target = out[part[0] - first : part[1] - first]
+                step.apply(target, seed, f"fresh{number}", name, end - begin, (part[0] - begin, part[1] - begin))
+        return out[low - first : high - first]
+
+    def _strided(self, seed: int, name: str) -> Tensor:
         out = torch.zeros(self.shape, dtype=torch.float32)
         for number, step in enumerate(self.steps):
             target = out if step.view is None else out.as_strided(*step.view)
-            stream = f"fresh{number}"
-            if step.name == "normal_":
-                mean, std = (*step.args, 0.0, 1.0)[:2] if step.args else (0.0, 1.0)
-                target.copy_(random.normal(tuple(target.shape), seed, stream, name) * std + mean)
-            elif step.name == "uniform_":
-                low, high = step.args[:2] if len(step.args) >= 2 else (0.0, 1.0)
-                target.copy_(random.uniform(tuple(target.shape), seed, stream, name) * (high - low) + low)
-            elif step.name == "fill_" or step.name == "full":
-                target.fill_(step.args[0])
-            elif "ones" in step.name:
-                target.fill_(1.0)
-            elif step.name in _CONSTANTS:
-                target.zero_()
-            else:
-                getattr(target, step.name)(*step.args)
+            values = target.flatten()
+            step.apply(values, seed, f"fresh{number}", name, values.numel(), (0, values.numel()))
+            target.copy_(values.view(target.shape))
         return out
 
 

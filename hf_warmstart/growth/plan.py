@@ -162,7 +162,7 @@ class GrowthPlan:
             self.growth_config.seed,
             operator.noise(options),
             operator.shrink(options) if self.widens else None,
-            lambda: self.recipes[name].make(self.growth_config.seed, name),
+            lambda start, stop: self.recipes[name].rows(self.growth_config.seed, name, start, stop),
             factor=2.0 ** -sum(self.steps[number] * power for number, power in layout.scale),
             fill=None if stack is None else self._fill(stack, template, layer, layout.offset),
             new_layer=gated and self.is_added(name),

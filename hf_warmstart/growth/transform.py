@@ -11,21 +11,23 @@ columns that read what a residual stream gained. Gradients, and with them first 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..errors import StateError
-from . import random
 from .layout import Role, TensorLayout
 from .maps import SpaceMap, _column
+from .matrix import Matrix, Side, Totals, work_dtype
+from .pairing import Pairing
+from .runs import Along, ReadRows, without_means
 
 Kind = Literal["weight", "first_moment", "second_moment", "update"]
-Side = Literal["write", "read"]
-ReadRows = Callable[[int, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class TensorGrowth:
         name: its name in the grown model, which seeds its randomness.
         seed: the growth's seed.
         noise: relative size of `Z`. shrink: None, or the factor on the carried part over a complete fresh tensor.
-        fresh: makes the class's own initialisation of the grown tensor, when it is needed.
+        fresh: makes rows of the class's own initialisation of the grown tensor's matrix form, when they are needed.
         factor: what the tensor takes back of a number in the forward that grows with the sizes.
         fill: the constant that it holds instead (ends of new branches, norms between new layers), or None.
         new_layer: whether the tensor lies in a layer that adds nothing at first.
@@ -50,7 +52,7 @@ class TensorGrowth:
     seed: int
     noise: float
     shrink: float | None
-    fresh: Callable[[], Tensor]
+    fresh: Callable[[int, int], Tensor]
     factor: float = 1.0
     fill: float | None = None
     new_layer: bool = False
@@ -65,31 +67,126 @@ class TensorGrowth:
         """Whether the tensor comes through unchanged."""
         return all(m.is_identity for m in self.maps) and self.shrink is None and self.fill is None and self.factor == 1
 
+    # -- weights --------------------------------------------------------------------------------------------------
+
     def weight(self, tensor: Tensor) -> Tensor:
         """The grown weight, in the tensor's dtype and on its device; the input is untouched."""
+        rows = tensor.reshape(self.matrix_before)
+        grown = self.weight_rows(lambda start, stop: rows[start:stop], 0, self.matrix_shape[0])
+        return grown.reshape(self.shape)
+
+    @property
+    def matrix_before(self) -> tuple[int, int]:
+        """Shape of the parent's tensor in its matrix form: the last axis are the columns, all others together the rows.
+
+        A vector has one column, and a scalar one row as well.
+        """
+        return _matrix_shape(tuple(axis_map.n for axis_map in self.maps))
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Shape of the grown tensor in its matrix form."""
+        return _matrix_shape(self.shape)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether rows can be made from a few of the parent's rows; else the whole parent's tensor is read for each call."""
+        return self._averaged is None
+
+    def totals(self, read: ReadRows) -> Totals:
+        """What all rows take from the whole parent's tensor: computed once, and passed to each `weight_rows`.
+
+        The parent is read once, in pieces, or not at all where the operator needs nothing of the kind. The numbers do not
+        depend on the machine, on threads or on how rows are asked for later.
+        """
+        if self.fill is not None or self.is_copy or not self.by_rows:
+            return Totals()
+        return self._matrix.totals(read)
+
+    def weight_rows(
+        self, read: ReadRows, start: int, stop: int, totals: Totals | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """Rows of the grown weight's matrix form (`matrix_shape`), bit for bit those of the whole.
+
+        Args:
+            read: gives the parent's rows from one number to another, as a tensor (rows, columns) of `matrix_before`, in
+                the dtype of the weight; (0, 0) asks for an empty one. It is called for what is needed only.
+            start, stop: the rows.
+            totals: from `totals`; None computes them, which may read the whole parent.
+            out: where to write them, of shape (stop - start, columns) and the weight's dtype; None makes a tensor.
+
+        Returns:
+            (stop - start, columns), in the parent's dtype and on its device.
+        """
+        if out is None:
+            like = read(0, 0)
+            out = torch.empty(stop - start, self.matrix_shape[1], dtype=like.dtype, device=like.device)
         if self.fill is not None:
-            return torch.full(self.shape, self.fill, dtype=tensor.dtype, device=tensor.device)
+            return out.fill_(self.fill)
         if self.is_copy:
-            return tensor.clone()
-        work = tensor.to(_work_dtype(tensor))
-        offset = 0.0 if self.shrink is not None else self.layout.offset
-        carried = self._push(work + offset if offset else work, dual=False)
-        if self.shrink is not None:
-            return (carried * self.shrink + self.fresh().to(carried)).to(tensor.dtype)
-        if self.factor != 1:
-            carried = carried * self.factor
-        if offset:
-            carried = carried - offset
-        if self.noise:
-            carried = carried + self._paired_noise(carried)
-        free = self._free()
-        if free is not None:
-            carried = torch.where(free.to(tensor.device), self.fresh().to(carried), carried)
-        return carried.to(tensor.dtype)
+            return out.copy_(read(start, stop))
+        if self._averaged is not None:
+            growth, read = self._after_averaging(read)
+            growth._matrix.grow(read, start, stop, growth._matrix.totals(read), out)
+        else:
+            self._matrix.grow(read, start, stop, self.totals(read) if totals is None else totals, out)
+        return out
+
+    @cached_property
+    def _matrix(self) -> Matrix:
+        roles, maps = self.layout.roles, self.maps
+        cut = len(maps) - 1 if len(maps) > 1 else len(maps)
+        alongs = [Along.of(axis_map, role) for axis_map, role in zip(maps, roles, strict=True)]
+        sides = Side.of(maps[:cut], roles[:cut]), Side.of(maps[cut:], roles[cut:])
+        shrunk = self.shrink is not None
+        axis = self._paired_axis if not shrunk else None
+        if axis is not None and axis >= cut:
+            paired, pairing = 1, lambda: Pairing(maps[axis].source, maps[axis].write, maps[axis].n)
+        else:
+            paired, pairing = (None if axis is None else 0), lambda: Pairing.of_rows(maps[:cut], axis or 0)
+        return Matrix(
+            Along.together(alongs[:cut]),
+            Along.together(alongs[cut:]),
+            sides,
+            self.factor if self.shrink is None else self.shrink,
+            0.0 if shrunk else self.layout.offset,
+            self.noise,
+            paired,
+            pairing,
+            shrunk,
+            self.fresh,
+            (self.seed, self.name),
+        )
+
+    @property
+    def _paired_axis(self) -> int | None:
+        """The axis that reads copies, over which noise cancels; None where there is no noise."""
+        copied = [
+            k for k, role in enumerate(self.layout.roles) if role == "read" and bool((self.maps[k].copies > 1).any())
+        ]
+        return copied[-1] if copied and self.noise else None
+
+    @cached_property
+    def _averaged(self) -> int | None:
+        """An axis with mean channels that is one of several that are rows together; None as a rule."""
+        for axis, (axis_map, role) in enumerate(zip(self.maps, self.layout.roles, strict=True)):
+            if role == "write" and axis < len(self.maps) - 1 and len(self.maps) > 2 and bool((axis_map.mean != 0).any()):
+                return axis
+        return None
+
+    def _after_averaging(self, read: ReadRows) -> tuple[TensorGrowth, ReadRows]:
+        """The growth without that axis, of a tensor that was taken along it."""
+        axis = self._averaged or 0
+        tensor = read(0, self.matrix_before[0]).reshape(tuple(axis_map.n for axis_map in self.maps))
+        pushed = self.maps[axis].push(tensor.to(work_dtype(tensor)), axis, self.layout.roles[axis])
+        maps = tuple(without_means(axis_map) if k == axis else axis_map for k, axis_map in enumerate(self.maps))
+        growth = replace(self, maps=maps)
+        rows = pushed.reshape(growth.matrix_before)
+        return growth, lambda start, stop: rows[start:stop]
 
     def first_moment(self, tensor: Tensor) -> Tensor:
         """`exp_avg` grown by the dual maps; zero in layers that add nothing at first."""
-        work = tensor.to(_work_dtype(tensor))
+        work = tensor.to(work_dtype(tensor))
         grown = self._push(work, dual=True) / self.factor
         return (torch.zeros_like(grown) if self.new_layer else grown).to(tensor.dtype)
 
@@ -99,7 +196,7 @@ class TensorGrowth:
         Entries without a source take the mean of the carried ones: zero beside an old step count would give them a
         hidden learning rate several times too large (arXiv 2604.04281, facts 2.4).
         """
-        work = tensor.to(_work_dtype(tensor))
+        work = tensor.to(work_dtype(tensor))
         grown = work / self.factor**2
         for axis, squares in enumerate(self._square_maps()):
             grown = squares.push(grown, axis, "write")
@@ -146,7 +243,7 @@ class TensorGrowth:
 
     def update(self, tensor: Tensor) -> Tensor:
         """An average of steps, grown as the weight that they moved; zero in layers that add nothing at first."""
-        work = tensor.to(_work_dtype(tensor))
+        work = tensor.to(work_dtype(tensor))
         grown = self._push(work, dual=False) * self.factor
         return (torch.zeros_like(grown) if self.new_layer else grown).to(tensor.dtype)
 
@@ -175,25 +272,9 @@ class TensorGrowth:
 
     def _push(self, tensor: Tensor, dual: bool) -> Tensor:
         for axis, (axis_map, role) in enumerate(zip(self.maps, self.layout.roles, strict=True)):
-            side: Side = role if not dual else ("read" if role == "write" else "write")
+            side: Role = role if not dual else ("read" if role == "write" else "write")
             tensor = axis_map.push(tensor, axis, side)
         return tensor
-
-    def _paired_noise(self, carried: Tensor) -> Tensor:
-        """`Z (I - W R^T)` over the axis that reads copies; zero where nothing is copied."""
-        readers = [
-            k for k, role in enumerate(self.layout.roles) if role == "read" and bool((self.maps[k].copies > 1).any())
-        ]
-        if not readers:
-            return torch.zeros_like(carried)
-        axis = readers[-1]
-        axis_map = self.maps[axis]
-        noise = random.normal(self.shape, self.seed, "noise", self.name).to(carried)
-        noise *= self.noise * carried.square().mean().sqrt()
-        # Coordinates without a source have a fresh initialisation of their own.
-        noise *= _column((~axis_map.unsourced).to(carried), axis, carried.ndim)
-        noise -= axis_map.push(axis_map.pull(noise, axis, "write"), axis, "read")
-        return noise
 
     def _mask(self, choose: Callable[[SpaceMap, Role], Tensor]) -> Tensor | None:
         """bool of the grown shape: entries that any axis chooses; None where no axis chooses any."""
@@ -208,21 +289,6 @@ class TensorGrowth:
     def _unsourced(self) -> Tensor | None:
         return self._mask(lambda axis_map, role: axis_map.unsourced)
 
-    def _free(self) -> Tensor | None:
-        """Entries that take a fresh initialisation."""
-        none = lambda axis_map: torch.zeros_like(axis_map.unsourced)  # noqa: E731
-        written = self._mask(
-            lambda m, role: m.unsourced if role == "write" and m.silent == "read" or m.silent == "none" else none(m)
-        )
-        read = self._mask(lambda m, role: m.unsourced if role == "read" and m.silent == "write" else none(m))
-        silent = self._mask(lambda m, role: m.unsourced if role == m.silent else none(m))
-        if read is not None and silent is not None:
-            read = read & ~silent
-        if written is None or read is None:
-            return read if written is None else written
-        return written | read
 
-
-def _work_dtype(tensor: Tensor) -> torch.dtype:
-    """float64 stays; everything else is grown in float32 and rounded once."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    return (math.prod(shape[:-1]), shape[-1]) if len(shape) > 1 else (math.prod(shape), 1)

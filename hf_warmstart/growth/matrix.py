@@ -1,0 +1,296 @@
+"""Rows of a grown weight, made alone: bit for bit those of the whole, whatever is asked for together.
+
+Every entry is made of parent's entries, of factors, of random numbers of its own place, and of two things about the whole
+parent's tensor (`Totals`), which are added up in an order of their own. All sums are of single entries, so that no
+order of a vector unit or a thread enters.
+
+Numbers are multiplied, and noise and fresh values added, in float32 (float64 where the tensor is), and rounded once to
+the tensor's dtype. So copies, and copies times a power of two, are exact in every dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from . import random
+from .layout import Role
+from .maps import SpaceMap
+from .pairing import Pairing
+from .runs import Along, ParentRows, ReadRows
+
+CHUNK = 1 << 19  # entries made at once, so that they stay in the processor's cache; no part of the definition
+TOTALS_CHUNK = 1 << 18  # entries added up at once: part of the definition of `Totals`
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What rows of a grown weight take from the whole of the parent's.
+
+    Args:
+        noise: standard deviation of the noise, before it is made to cancel.
+        mean: float64 (1, n), the mean of the parent's rows, where the child has rows that hold it.
+    """
+
+    noise: float = 0.0
+    mean: Tensor | None = None
+
+
+KINDS = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class Side:
+    """Coordinates without a source along the rows, or along the columns: bool (m,) each.
+
+    Args:
+        written: they take fresh values. read: they do, but where they meet silent ones. silent: they hold zeros.
+    """
+
+    written: Tensor
+    read: Tensor
+    silent: Tensor
+
+    @classmethod
+    def of(cls, maps: Sequence[SpaceMap], roles: Sequence[Role]) -> Side:
+        """One side, of axes of which the first is slowest."""
+        chosen = [torch.zeros(1, dtype=torch.bool)] * 3
+        for axis_map, role in zip(maps, roles, strict=True):
+            new, silent = axis_map.unsourced, axis_map.silent
+            written = (role == "write" and silent == "read") or silent == "none"
+            kinds = (written, role == "read" and silent == "write", role == silent)
+            chosen = [
+                (old[:, None] | (new & kind)[None, :]).flatten() for old, kind in zip(chosen, kinds, strict=True)
+            ]
+        return cls(*chosen)
+
+    @cached_property
+    def any(self) -> bool:
+        return bool(self.written.any() or self.read.any())
+
+    @cached_property
+    def kinds(self) -> Tensor:
+        """int64 (m,): the three as bits."""
+        return sum(mask * bit for mask, bit in zip((self.written, self.read, self.silent), KINDS, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """How a weight grows in its matrix form: its last axis are the columns, all others together the rows.
+
+    Args:
+        rows, columns: how each grows. sides: what has no source along each.
+        factor: on all that is carried. offset: is added before, and taken away behind.
+        noise: relative size of the noise. paired: the axis on which it cancels (0: rows), None for no noise.
+        pairing: how it cancels there.
+        shrunk: whether fresh values are added everywhere. fresh: makes rows of them.
+        key: (seed, name), from which the noise comes.
+    """
+
+    rows: Along
+    columns: Along
+    sides: tuple[Side, Side]
+    factor: float
+    offset: float
+    noise: float
+    paired: int | None
+    pairing: Callable[[], Pairing]
+    shrunk: bool
+    fresh: Callable[[int, int], Tensor]
+    key: tuple[int, str]
+    _free: dict[int, tuple[Tensor, list[tuple[int, int]]]] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows.m, self.columns.m
+
+    @cached_property
+    def pairs(self) -> Pairing:
+        return self.pairing()
+
+    @cached_property
+    def scalar(self) -> float:
+        """The product of all factors that are the same everywhere."""
+        return self.factor * (self.rows.constant or 1.0) * (self.columns.constant or 1.0)
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether the child holds copies, all of them times one factor: rounded once in any dtype."""
+        return not (
+            self.offset
+            or self.shrunk
+            or self.paired is not None
+            or any(side.any for side in self.sides)
+            or any(along.makes_means or along.constant is None for along in (self.rows, self.columns))
+        )
+
+    # -- of the whole ---------------------------------------------------------------------------------------------
+
+    def totals(self, read: ReadRows) -> Totals:
+        """What rows take from the whole parent's tensor, which is read once, in pieces, where anything is needed."""
+        if self.paired is None and not self.rows.makes_means:
+            return Totals()
+        squares, sums = 0.0, None
+        step = max(1, TOTALS_CHUNK // max(1, self.columns.n))
+        for low in range(0, self.rows.n, step):
+            block = read(low, min(low + step, self.rows.n))
+            if self.rows.makes_means:
+                part = folded(block.double().clone(), 0)
+                sums = part if sums is None else sums + part
+            if self.paired is not None:
+                squares += self._weighted_square(block, low)
+        carried = self.rows.carried * self.columns.carried
+        deviation = self.noise * abs(self.factor) * (squares / max(1, carried)) ** 0.5
+        return Totals(deviation, None if sums is None else sums / self.rows.n)
+
+    def _weighted_square(self, block: Tensor, low: int) -> float:
+        """The sum of the squares of all carried entries that come from some of the parent's rows."""
+        squares, scale = block.to(work_dtype(block)).square(), 1.0
+        for axis, weights in enumerate((self.rows.squares[low : low + len(block)], self.columns.squares)):
+            whole = (self.rows, self.columns)[axis].squares
+            if bool((whole == whole[:1]).all()):
+                scale *= float(whole[0])
+            else:
+                squares *= weights.to(squares).unsqueeze(1 - axis)
+        return scale * float(folded(squares.flatten(), 0))
+
+    # -- rows -----------------------------------------------------------------------------------------------------
+
+    def grow(self, read: ReadRows, start: int, stop: int, totals: Totals, out: Tensor) -> None:
+        """Rows of the grown weight into `out` (stop - start, m)."""
+        parent = ParentRows(read, self.rows, start, stop)
+        if self.plain:
+            self._carry(parent, start, stop, totals, out)
+            return
+        step = min(max(1, CHUNK // max(1, self.columns.m)), max(1, stop - start))
+        work = torch.empty(step, self.columns.m, dtype=work_dtype(out), device=out.device)
+        for low in range(start, stop, step):
+            high = min(low + step, stop)
+            part = work[: high - low]
+            self._carry(parent, low, high, totals, part)
+            if self.paired is not None and totals.noise:
+                self._add_noise(part, low, high, totals.noise)
+            if self.shrunk:
+                part += self.fresh(low, high).to(part)
+            elif any(side.any for side in self.sides):
+                self._fill_free(part, low, high)
+            out[low - start : high - start].copy_(part)
+
+    def _carry(self, parent: ParentRows, start: int, stop: int, totals: Totals, out: Tensor) -> None:
+        """What comes from the parent."""
+        if self.rows.runs.short and not self.rows.makes_means:
+            sources = self.rows.source[start:stop]
+            if len(parent.wanted):
+                self._carry_run(parent.take(sources), start, out)
+            out.masked_fill_((sources < 0).to(out.device).unsqueeze(1), 0)
+        else:
+            for position, length, first in self.rows.runs.between(start, stop):
+                piece = out[position - start : position - start + length]
+                if first < 0:
+                    piece.zero_()
+                elif first == self.rows.n and totals.mean is not None:
+                    self._carry_run(totals.mean.to(out).expand(length, -1), position, piece)
+                else:
+                    self._carry_run(parent.rows(first, first + length), position, piece)
+        if self.columns.constant is None:
+            out *= self.columns.factor.to(out)
+        if self.offset:
+            out -= self.offset
+
+    def _carry_run(self, rows: Tensor, position: int, out: Tensor) -> None:
+        """Some of the parent's rows, to the child's rows from `position` on."""
+        if self.offset:
+            rows = rows.to(out.dtype) + self.offset
+        if self.scalar != 1:
+            rows = rows.to(out.dtype) * self.scalar
+        if self.rows.constant is None:
+            factors = self.rows.factor[position : position + len(rows)].to(out).unsqueeze(1)
+            rows = rows.to(out.dtype) * factors
+        mean = None
+        if self.columns.makes_means:
+            rows = rows.to(out.dtype)
+            mean = folded(rows.clone(), 1) / self.columns.n
+        self.columns.spread(rows, mean, out)
+
+    def _add_noise(self, out: Tensor, start: int, stop: int, deviation: float) -> None:
+        """Noise that cancels over the copies that the columns, or the rows, read."""
+        seed, name = self.key
+        if self.paired == 1:
+            shape = (self.rows.m, self.pairs.draws)
+            self._add_along_columns(out, random.coarse_normal(shape, seed, "noise", name, (start, stop)), deviation)
+            return
+        shape = (self.pairs.draws, self.columns.m)
+        for (_, factor), runs in zip(self.pairs.terms, self.pairs.runs, strict=True):
+            for position, length, first in runs.between(start, stop):
+                if first >= 0:
+                    drawn = random.coarse_normal(shape, seed, "noise", name, (first, first + length)).to(out)
+                    out[position - start : position - start + length] += drawn.mul_(float(factor[position]) * deviation)
+
+    def _add_along_columns(self, out: Tensor, drawn: Tensor, deviation: float) -> None:
+        drawn = drawn.to(out)
+        size = self.pairs.one_size
+        if size is not None:
+            drawn *= size * deviation
+        for (index, factor), runs in zip(self.pairs.terms, self.pairs.runs, strict=True):
+            if runs.short:
+                scale = factor.sign() if size is not None else factor * deviation
+                out += drawn.index_select(1, index.clamp(min=0).to(out.device)).mul_(scale.to(out))
+                continue
+            for position, length, first in runs.all:
+                piece, values = out[:, position : position + length], drawn[:, first : first + length]
+                if first < 0:
+                    continue
+                if size is None:
+                    piece += values * (float(factor[position]) * deviation)
+                elif factor[position] > 0:
+                    piece += values
+                else:
+                    piece -= values
+
+    def _fill_free(self, out: Tensor, start: int, stop: int) -> None:
+        """Fresh values where they must be."""
+        kinds, lengths = torch.unique_consecutive(self.sides[0].kinds[start:stop], return_counts=True)
+        low = start
+        for kind, length in zip(kinds.tolist(), lengths.tolist(), strict=True):
+            part, high = out[low - start : low - start + length], low + length
+            free, pieces = self._free_columns(kind)
+            if pieces:
+                fresh = self.fresh(low, high).to(out)
+                if len(pieces) > 4:
+                    torch.where(free.to(out.device), fresh, part, out=part)
+                else:
+                    for first, columns in pieces:
+                        part[:, first : first + columns] = fresh[:, first : first + columns]
+            low = high
+
+    def _free_columns(self, kind: int) -> tuple[Tensor, list[tuple[int, int]]]:
+        """Columns that take fresh values in rows of a kind: bool (m,), and as (first, number) of each piece."""
+        if kind not in self._free:
+            written, read, silent = (bool(kind & bit) for bit in KINDS)
+            side = self.sides[1]
+            free = side.written | written | (side.read | read) & ~(side.silent | silent)
+            values, lengths = torch.unique_consecutive(free, return_counts=True)
+            firsts = (lengths.cumsum(0) - lengths).tolist()
+            pieces = [(f, k) for f, k, v in zip(firsts, lengths.tolist(), values.tolist(), strict=True) if v]
+            self._free[kind] = free, pieces
+        return self._free[kind]
+
+
+def work_dtype(tensor: Tensor) -> torch.dtype:
+    """float64 stays; everything else is grown in float32 and rounded once."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def folded(tensor: Tensor, axis: int) -> Tensor:
+    """The sum along an axis, which is kept, by halves: the same bits on any machine. The tensor is used up."""
+    while (length := tensor.shape[axis]) > 1:
+        half = length // 2
+        top = tensor.narrow(axis, 0, half).add_(tensor.narrow(axis, half, half))
+        if length % 2:
+            top.narrow(axis, 0, 1).add_(tensor.narrow(axis, length - 1, 1))
+        tensor = top
+    return tensor
