@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..growth.matrix import Totals
 from ..growth.plan import GrowthPlan
-from ..growth.transform import TensorGrowth
+from ..growth.transform import TensorGrowth, matrix_shape
 from .pieces import Assembled, Box, Reader
 from .safetensors_sink import SafetensorsSink
 from .safetensors_source import SafetensorsSource
@@ -52,7 +52,7 @@ class ParentWeights:
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows of a tensor's matrix form (all axes but the last are rows together), of shape (stop - start, columns)."""
         assembled = self._view[name]
-        columns = assembled.shape[-1] if len(assembled.shape) > 1 else 1
+        columns = matrix_shape(assembled.shape)[1]
         boxes = boxes_of_rows(assembled.shape, start, stop)
         parts = [assembled.region(box, self._read).reshape(-1, columns) for box in boxes]
         if len(parts) == 1:
@@ -82,7 +82,7 @@ class ParentWeights:
         for name in sorted(self._view):
             assembled = self._view[name]
             total.update(f"{name} {assembled.dtype} {tuple(assembled.shape)}\n".encode())
-            for start, stop in blocks_of(assembled.shape, assembled.dtype.itemsize, block_bytes):
+            for start, stop in blocks_of(matrix_shape(assembled.shape), assembled.dtype.itemsize, block_bytes):
                 rows = self.rows(name, start, stop).contiguous()
                 total.update(rows.flatten().view(torch.uint8).numpy().data if rows.numel() else b"")
         return total.hexdigest()

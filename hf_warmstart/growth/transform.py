@@ -81,12 +81,12 @@ class TensorGrowth:
 
         A vector has one column, and a scalar one row as well.
         """
-        return _matrix_shape(tuple(axis_map.n for axis_map in self.maps))
+        return matrix_shape(tuple(axis_map.n for axis_map in self.maps))
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """Shape of the grown tensor in its matrix form."""
-        return _matrix_shape(self.shape)
+        return matrix_shape(self.shape)
 
     @property
     def by_rows(self) -> bool:
@@ -290,5 +290,5 @@ class TensorGrowth:
         return self._mask(lambda axis_map, role: axis_map.unsourced)
 
 
-def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return (math.prod(shape[:-1]), shape[-1]) if len(shape) > 1 else (math.prod(shape), 1)
