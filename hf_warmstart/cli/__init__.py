@@ -14,9 +14,9 @@ from collections.abc import Sequence
 
 from ..errors import WarmstartError
 from ..version import __version__
-from . import certify, plan
+from . import certify, grow, plan, verify
 
-COMMANDS = (plan, certify)
+COMMANDS = (plan, certify, grow, verify)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

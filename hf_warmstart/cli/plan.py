@@ -68,8 +68,8 @@ def show(plan: GrowthPlan) -> None:
     table.add_row("parameters", _number(plan.parameters_before), _number(plan.parameters_after))
     out.print(table)
     out.print(
-        f"  growth factor {plan.growth_factor:.3f}; weights {_bytes(plan.output_bytes)}, "
-        f"{_bytes(plan.peak_memory_bytes)} of memory beside the parent while growing"
+        f"  growth factor {plan.growth_factor:.3f}; weights {size_text(plan.output_bytes)}, "
+        f"{size_text(plan.peak_memory_bytes)} of memory beside the parent while growing"
     )
     verdict = "[bold green]exact[/]" if plan.exact else "[bold yellow]not exact[/]"
     out.print(Padding(f"{verdict}: {escape(plan.reason)}", (0, 0, 0, 2)))
@@ -79,5 +79,5 @@ def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else escape(str(value))
 
 
-def _bytes(number: int) -> str:
+def size_text(number: int) -> str:
     return f"{number / 2**30:,.1f} GiB" if number >= 2**30 else f"{number / 2**20:,.1f} MiB"
