@@ -274,6 +274,21 @@ def test_a_run_that_waited_at_the_lock_of_one_that_published_sees_the_target(tmp
     assert beside(tmp_path / "ours") == [] and len(bytes_of(tmp_path / "ours")) == 5
 
 
+def test_a_lock_on_a_journal_that_was_removed_meanwhile_is_none(tmp_path, monkeypatch):
+    tensors = big_tensors()
+    real = fcntl.flock
+    first = sink_of(tmp_path / "ours", tensors)
+
+    def discard_in_between(descriptor: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", real)
+        first.discard()
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", discard_in_between)
+    with sink_of(tmp_path / "ours", tensors), pytest.raises(CheckpointError, match="Another run is writing"):
+        sink_of(tmp_path / "ours", tensors)
+
+
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
     other = tmp_path / ".ours.growing"
     other.mkdir()
@@ -490,6 +505,21 @@ def test_a_full_disk_reaches_the_caller_before_all_is_computed(tmp_path, monkeyp
                 sink.shards[0].write(tensors[name])
                 written += tensors[name].nbytes
     assert written <= 2 * 2**17
+
+
+def test_a_failure_in_finishing_a_shard_reaches_the_next_write(tmp_path, monkeypatch):
+    tensors = big_tensors()
+
+    def fails(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with sink_of(tmp_path / "ours", tensors) as sink:
+        monkeypatch.setattr(os, "fsync", fails)
+        with sink.shards[0].open():
+            sink.shards[0].write(tensors["layers.0.weight"])
+        assert isinstance(sink._behind._finishing[0].exception(timeout=60), OSError)
+        with pytest.raises(CheckpointError, match="Input/output error"), sink.shards[1].open():
+            pass
 
 
 def test_a_disk_without_room_is_told_before_the_first_byte(tmp_path, monkeypatch):
