@@ -87,8 +87,6 @@ def folder_layout(
         )
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"max_shard_size {max_shard_size!r} is no size: {error}") from error
-    if not all(split.filename_to_tensors.values()):
-        raise CheckpointError(f"max_shard_size {max_shard_size!r} is negative. Pass bytes, or a size such as '5GB'.")
     files = []
     for file, names in split.filename_to_tensors.items():
         header, places = build_header({name: (tensors[name][0], tuple(tensors[name][1])) for name in names}, file)

@@ -49,9 +49,12 @@ class Shard:
     @contextmanager
     def open(self) -> Iterator[Shard]:
         """Write the shard within the context: all its bytes, or an error. Finished in the background afterwards."""
-        if self.done or self._sink._current is not None:
-            other = self if self.done else self._sink._current
-            raise CheckpointError(f"{self.name} cannot be opened: {other.name} is {'done' if self.done else 'open'}.")
+        if self.done:
+            raise CheckpointError(f"{self.name} is done. Open the shards that are not.")
+        if self._sink._current is not None:
+            raise CheckpointError(
+                f"{self.name} cannot be opened while {self._sink._current.name} is. Write one by one."
+            )
         with self._sink._write_faults(self.name):
             path = self._sink.folder / (self.name + PART)
             path.unlink(missing_ok=True)
@@ -154,12 +157,11 @@ class SafetensorsSink:
         self._current: Shard | None = None
         depth = 4
         self._behind = WriteBehind(depth, max(buffer_nbytes // depth // 4096, 1) * 4096)
-        self._check_target()
         with self._write_faults(self.target.name):
             self.target.parent.mkdir(parents=True, exist_ok=True)
             self._journal = Journal(self.folder.with_name(self.folder.name + ".journal"), self.target)
             try:
-                self._check_target()  # now that no other run can fill it
+                self._check_target()
                 self._prepare(digest.hexdigest())
                 self._check_room(other_nbytes)
             except BaseException:

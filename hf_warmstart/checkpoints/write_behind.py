@@ -111,7 +111,7 @@ class WrittenFile:
     def write(self, view: memoryview) -> None:
         """Write at the end."""
         while len(view):
-            if self.is_direct and (len(view) < BLOCK or self.nbytes % BLOCK):
+            if self.is_direct and len(view) < BLOCK:
                 self._go_through_the_cache()
             take = len(view) - len(view) % BLOCK if self.is_direct else len(view)
             try:
@@ -119,7 +119,7 @@ class WrittenFile:
             except OSError as error:
                 if not self.is_direct or error.errno != errno.EINVAL:
                     raise
-                self._go_through_the_cache()  # blocks larger than ours, or no O_DIRECT after all
+                self._go_through_the_cache()  # larger blocks than ours, or not at one after a short write
                 continue
             self.nbytes += count
             view = view[count:]
