@@ -107,15 +107,14 @@ class TracedTensor(torch.Tensor):
             return trace.written(func, args, kwargs)
         like = func(*tree_map(_meta, args), **tree_map(_meta, kwargs))
         operations = [one.made.operation for one in traced if isinstance(one.made, Unknown)]
-        made = None if operations else _moved(func.overloadpacket, args, kwargs, like)
-
-        def tensor(one: Assembled | None, like: torch.Tensor) -> TracedTensor:
-            unknown = Unknown(tuple(like.shape), like.dtype, operation=operations[0] if operations else str(func))
-            return cls(one or unknown, like, trace)
-
-        if isinstance(like, (list, tuple)):
-            return [tensor(*pair) for pair in zip(made or [None] * len(like), like, strict=True)]
-        return tensor(made, like)
+        several = isinstance(like, (list, tuple))
+        likes = list(like) if several else [like]
+        made = None if operations else _moved(func.overloadpacket, args, kwargs, likes)
+        if made is None:
+            operation = operations[0] if operations else str(func)
+            made = [Unknown(tuple(one.shape), one.dtype, operation=operation) for one in likes]
+        tensors = [cls(one, view, trace) for one, view in zip(made, likes, strict=True)]
+        return tensors if several else tensors[0]
 
 
 def _meta(value: Any) -> Any:
@@ -126,13 +125,25 @@ def _meta(value: Any) -> Any:
     return torch.device("meta") if isinstance(value, torch.device) else value
 
 
-def _moved(operation: Any, args: tuple, kwargs: dict, like: Any) -> Assembled | list[Assembled] | None:
-    """The expression, or expressions, of an operation that moves entries about; None for every other."""
+def _moved(operation: Any, args: tuple, kwargs: dict, likes: Sequence[torch.Tensor]) -> Sequence[Assembled] | None:
+    """The expressions of what an operation gives, if it moves entries about."""
+    first, *others = args or (None,)
     if operation in (aten.cat, aten.stack):
-        return _joined(operation, *args, **kwargs, like=like)
-    if not args or not isinstance(args[0], TracedTensor):
+        one = _joined(operation, *args, **kwargs, like=likes[0])
+        return None if one is None else [one]
+    if not isinstance(first, TracedTensor):
         return None
-    of, others = args[0].made, args[1:]
+    axes = list(range(first.ndim))
+    if operation in (aten.split, aten.split_with_sizes):
+        return _split(first.made, axes[kwargs.get("dim", others[1] if len(others) > 1 else 0)], likes)
+    if operation is aten.unbind:
+        return _split(first.made, axes[others[0] if others else 0], likes)
+    one = _view(operation, first.made, others, likes[0])
+    return None if one is None else [one]
+
+
+def _view(operation: Any, of: Assembled, others: Sequence, like: torch.Tensor) -> Assembled | None:
+    """The expression of an operation that makes one tensor of one."""
     if operation in SAME:
         return cast(of, like.dtype)
     if operation is aten.constant_pad_nd:
@@ -147,15 +158,12 @@ def _moved(operation: Any, args: tuple, kwargs: dict, like: Any) -> Assembled | 
             a, b = others or (0, -1)
             order[a], order[b] = order[b], order[a]
         return permute(of, order)
-    if operation in (aten.split, aten.split_with_sizes):
-        return _split(of, order[kwargs.get("dim", others[1] if len(others) > 1 else 0)], like)
-    if operation is aten.unbind:
-        return _split(of, order[others[0] if others else 0], like)
     if operation is aten.select:
         axis, index = order[others[0]], range(of.shape[others[0]])[others[1]]
         return reshape(cut(of, axis, index, index + 1), like.shape)
     if operation is aten.slice:
-        axis, start, stop, step = (*others, *(0, None, None, 1)[len(others) :])
+        default: list[Any] = [0, None, None, 1]
+        axis, start, stop, step = [*others, *default[len(others) :]]
         start, stop, step = slice(start, stop, step).indices(of.shape[axis])
         return cut(of, order[axis], start, max(start, stop)) if step == 1 else None
     return None
