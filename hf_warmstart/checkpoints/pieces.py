@@ -195,8 +195,8 @@ def cast(of: Assembled, dtype: torch.dtype) -> Assembled:
 def axis_groups(outer: Shape, inner: Shape) -> list[tuple[slice, slice]]:
     """The smallest runs of axes of two shapes that hold the same numbers of entries; neither shape has a zero.
 
-        >>> axis_groups((6, 4), (2, 3, 4))
-        [(slice(0, 1, None), slice(0, 2, None)), (slice(1, 2, None), slice(2, 3, None))]
+    >>> axis_groups((6, 4), (2, 3, 4))
+    [(slice(0, 1, None), slice(0, 2, None)), (slice(1, 2, None), slice(2, 3, None))]
     """
     groups = []
     o = i = 0

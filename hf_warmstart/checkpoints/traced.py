@@ -1,7 +1,8 @@
 """Tensors without data that remember how they are made, so that code which moves tensors about can be run for its plan.
 
 A `TracedTensor` goes where a tensor goes. Cut, joined, permuted, reshaped or cast, it gives another one, whose `made` is the
-expression; whatever else is done to it raises: arithmetic, writing in place, asking for values.
+expression. Arithmetic gives one that is `Unknown`, for code that throws it away (initialisation does, of weights that are
+loaded). Writing to known tensors and asking for values raise.
 """
 
 from __future__ import annotations
@@ -19,8 +20,14 @@ from .pieces import Assembled, Source, cast, cut, join, permute, reshape
 aten = torch.ops.aten
 SAME = (aten.alias, aten.clone, aten.detach, aten.lift_fresh, aten._to_copy)
 RESHAPE = (aten.view, aten._unsafe_view, aten.squeeze, aten.unsqueeze)
-PIECES = (aten.split, aten.split_with_sizes, aten.unbind, aten.select, aten.slice)
-MOVES = {*SAME, *RESHAPE, *PIECES, aten.permute, aten.transpose, aten.t, aten.cat, aten.stack, aten.constant_pad_nd}
+VALUES = (aten.equal.default, aten._local_scalar_dense.default, aten.is_nonzero.default)
+
+
+@dataclass(frozen=True, eq=False)
+class Unknown(Assembled):
+    """A tensor whose values are not those of others, moved about, but made by an operation."""
+
+    operation: str = ""
 
 
 @dataclass
@@ -28,21 +35,37 @@ class Trace:
     """One run of such code.
 
     Args:
-        refusals: what it did that is more than moving entries about, in words. Each of these also raised
-            `UntraceableError`, but code in between may have caught it.
+        refusals: operations that raised `UntraceableError`: code in between may have caught it.
+        storages: those in which known tensors lie, by number.
     """
 
     refusals: list[str] = field(default_factory=list)
+    storages: dict[int, torch.UntypedStorage] = field(default_factory=dict)
 
     def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> TracedTensor:
         """A source tensor."""
         like = torch.empty(tuple(shape), dtype=dtype, device="meta")
         return TracedTensor(Source(tuple(shape), dtype, name=name), like, self)
 
+    def written(self, func: Any, args: tuple, kwargs: dict) -> torch.Tensor:
+        """The tensor that an operation writes to; where it might hold a known tensor's values, that is refused."""
+        given = {argument.name: argument for argument in func._schema.arguments}
+        values = dict(zip(given, args, strict=False)) | kwargs
+        written = [value for name, value in values.items() if (info := given[name].alias_info) and info.is_write]
+        for value in written:
+            if not isinstance(value, TracedTensor) or value.like.untyped_storage()._cdata in self.storages:
+                self.refuse(func)
+        return written[0]
+
+    def refuse(self, func: Any) -> None:
+        """Raise `UntraceableError` over an operation."""
+        self.refusals.append(str(func))
+        self.check()
+
     def check(self) -> None:
         """Raise `UntraceableError` if anything was refused."""
         if self.refusals:
-            raise UntraceableError(f"Tensors are not only moved about: {sorted(set(self.refusals))}.")
+            raise UntraceableError(f"Values are asked for or written to, by {sorted(set(self.refusals))}.")
 
 
 class TracedTensor(torch.Tensor):
@@ -62,6 +85,9 @@ class TracedTensor(torch.Tensor):
         layout = {"strides": like.stride(), "storage_offset": like.storage_offset(), "dtype": like.dtype}
         tensor = torch.Tensor._make_wrapper_subclass(cls, like.shape, device="cpu", **layout)
         tensor.made, tensor.like, tensor.trace = made, like, trace
+        if not isinstance(made, Unknown):
+            storage = like.untyped_storage()
+            trace.storages[storage._cdata] = storage
         return tensor
 
     def __init__(self, made: Assembled, like: torch.Tensor, trace: Trace) -> None:
@@ -73,15 +99,22 @@ class TracedTensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        trace = next(one.trace for one in tree_leaves((args, kwargs)) if isinstance(one, TracedTensor))
-        like = func(*tree_map(_meta, args), **tree_map(_meta, kwargs)) if func.overloadpacket in MOVES else None
-        made = _moved(func.overloadpacket, args, kwargs, like)
+        traced = [one for one in tree_leaves((args, kwargs)) if isinstance(one, TracedTensor)]
+        trace = traced[0].trace
+        if func in VALUES:
+            trace.refuse(func)
+        if func._schema.is_mutable:
+            return trace.written(func, args, kwargs)
+        like = func(*tree_map(_meta, args), **tree_map(_meta, kwargs))
+        operations = [one.made.operation for one in traced if isinstance(one.made, Unknown)]
+        several = isinstance(like, (list, tuple))
+        likes = list(like) if several else [like]
+        made = None if operations else _moved(func.overloadpacket, args, kwargs, likes)
         if made is None:
-            trace.refusals.append(str(func))
-            trace.check()
-        if isinstance(made, list):
-            return [cls(one, view, trace) for one, view in zip(made, like, strict=True)]
-        return cls(made, like, trace)
+            operation = operations[0] if operations else str(func)
+            made = [Unknown(tuple(one.shape), one.dtype, operation=operation) for one in likes]
+        tensors = [cls(one, view, trace) for one, view in zip(made, likes, strict=True)]
+        return tensors if several else tensors[0]
 
 
 def _meta(value: Any) -> Any:
@@ -92,15 +125,25 @@ def _meta(value: Any) -> Any:
     return torch.device("meta") if isinstance(value, torch.device) else value
 
 
-def _moved(operation: Any, args: tuple, kwargs: dict, like: Any) -> Assembled | list[Assembled] | None:
-    """The expression, or expressions, of an operation that moves entries about; None for every other."""
-    if operation not in MOVES:
-        return None
+def _moved(operation: Any, args: tuple, kwargs: dict, likes: Sequence[torch.Tensor]) -> Sequence[Assembled] | None:
+    """The expressions of what an operation gives, if it moves entries about."""
+    first, *others = args or (None,)
     if operation in (aten.cat, aten.stack):
-        return _joined(operation, *args, **kwargs, like=like)
-    if not args or not isinstance(args[0], TracedTensor):
+        one = _joined(operation, *args, **kwargs, like=likes[0])
+        return None if one is None else [one]
+    if not isinstance(first, TracedTensor):
         return None
-    of, others = args[0].made, args[1:]
+    axes = list(range(first.ndim))
+    if operation in (aten.split, aten.split_with_sizes):
+        return _split(first.made, axes[kwargs.get("dim", others[1] if len(others) > 1 else 0)], likes)
+    if operation is aten.unbind:
+        return _split(first.made, axes[others[0] if others else 0], likes)
+    one = _view(operation, first.made, others, likes[0])
+    return None if one is None else [one]
+
+
+def _view(operation: Any, of: Assembled, others: Sequence, like: torch.Tensor) -> Assembled | None:
+    """The expression of an operation that makes one tensor of one."""
     if operation in SAME:
         return cast(of, like.dtype)
     if operation is aten.constant_pad_nd:
@@ -115,15 +158,12 @@ def _moved(operation: Any, args: tuple, kwargs: dict, like: Any) -> Assembled | 
             a, b = others or (0, -1)
             order[a], order[b] = order[b], order[a]
         return permute(of, order)
-    if operation in (aten.split, aten.split_with_sizes):
-        return _split(of, order[kwargs.get("dim", others[1] if len(others) > 1 else 0)], like)
-    if operation is aten.unbind:
-        return _split(of, order[others[0] if others else 0], like)
     if operation is aten.select:
         axis, index = order[others[0]], range(of.shape[others[0]])[others[1]]
         return reshape(cut(of, axis, index, index + 1), like.shape)
     if operation is aten.slice:
-        axis, start, stop, step = (*others, *(0, None, None, 1)[len(others) :])
+        default: list[Any] = [0, None, None, 1]
+        axis, start, stop, step = [*others, *default[len(others) :]]
         start, stop, step = slice(start, stop, step).indices(of.shape[axis])
         return cut(of, order[axis], start, max(start, stop)) if step == 1 else None
     return None

@@ -9,6 +9,7 @@ What cannot be followed raises `UntraceableError`; such a model is loaded, and s
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from ..errors import CheckpointError, UntraceableError
 from ..growth.configs import config_dtype
 from ..growth.twin import FAULTS, default_dtype
 from .pieces import Assembled
-from .traced import Trace, TracedTensor
+from .traced import Trace, TracedTensor, Unknown
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ def loaded_view(
             computed.append(name)
     if computed:
         raise UntraceableError(f"{model_class.__name__} computes tensors that the files lack: {sorted(computed)}.")
-    return made
+    return _known(made)
 
 
 def file_view(
@@ -128,7 +129,9 @@ def file_view(
     if model_class.save_pretrained is not PreTrainedModel.save_pretrained:
         raise UntraceableError(f"{model_class.__name__} has a save_pretrained of its own.")
     by_name = dtypes if isinstance(dtypes, Mapping) else {}
-    built_in = config_dtype(config) if isinstance(dtypes, Mapping) else dtypes
+    config = copy.deepcopy(config)
+    config.dtype = config_dtype(config)  # saved configs have it as a text
+    built_in = config.dtype if isinstance(dtypes, Mapping) else dtypes
     trace = Trace()
     with _as_class(model_class, trace):
         with torch.random.fork_rng(devices=[]), default_dtype(built_in), torch.device("meta"):
@@ -144,9 +147,17 @@ def file_view(
     storages = {name: tensor.like.untyped_storage() for name, tensor in saved.items()}
     numbers: dict[int, int] = {}
     return FileView(
-        {name: tensor.made for name, tensor in saved.items()},
+        _known({name: tensor.made for name, tensor in saved.items()}),
         {name: (numbers.setdefault(one._cdata, len(numbers)), one.nbytes()) for name, one in storages.items()},
     )
+
+
+def _known(made: dict[str, Assembled]) -> dict[str, Assembled]:
+    """Tensors as they are given, unless there are some whose values are computed."""
+    for name, one in made.items():
+        if isinstance(one, Unknown):
+            raise UntraceableError(f"{name} is computed, by {one.operation}.")
+    return made
 
 
 def _check_report(model: PreTrainedModel, report: Mapping, files: Mapping) -> None:
@@ -178,9 +189,9 @@ def _lacking(model_class: type[PreTrainedModel], config: PreTrainedConfig, files
 @contextmanager
 def _as_class(model_class: type[PreTrainedModel], trace: Trace) -> Iterator[None]:
     """Context in which transformers works on traced tensors: quietly, and with errors of this library."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    bars = transformers_logging.set_tqdm_hook(lambda bar, args, options: bar(*args, **{**options, "disable": True}))
     try:
         yield
     except UntraceableError:
@@ -191,6 +202,5 @@ def _as_class(model_class: type[PreTrainedModel], trace: Trace) -> Iterator[None
         raise UntraceableError(f"{model_class.__name__} stops with {type(error).__name__}: {words}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
+        transformers_logging.set_tqdm_hook(bars)
     trace.check()
