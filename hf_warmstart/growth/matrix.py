@@ -228,7 +228,9 @@ class Matrix:
             for position, length, first in runs.between(start, stop):
                 if first >= 0:
                     drawn = random.coarse_normal(shape, seed, "noise", name, (first, first + length)).to(out)
-                    out[position - start : position - start + length] += drawn.mul_(float(factor[position]) * deviation)
+                    out[position - start : position - start + length] += drawn.mul_(
+                        float(factor[position]) * deviation
+                    )
 
     def _add_along_columns(self, out: Tensor, drawn: Tensor, deviation: float) -> None:
         drawn = drawn.to(out)

@@ -12,6 +12,7 @@ That is distributed as c normal numbers projected on the same space. For c = 2 i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -68,7 +69,7 @@ class Pairing:
         return float(sizes[0]) if bool((sizes == sizes[0]).all()) else None
 
     @classmethod
-    def of_rows(cls, maps: list[SpaceMap], axis: int) -> Pairing:
+    def of_rows(cls, maps: Sequence[SpaceMap], axis: int) -> Pairing:
         """The pairing of one among several axes that are the rows together; the others are grown already."""
         identity = [SpaceMap.identity(axis_map.m) for axis_map in maps]
         parts = [Along.of(maps[k] if k == axis else identity[k], "read") for k in range(len(maps))]

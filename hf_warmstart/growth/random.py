@@ -7,7 +7,7 @@ Normal numbers are looked up: a word of 16 bits is one of 65536 quantiles. That 
 ziggurat (2 ns against 10 ns an entry, on one core), takes the same number of words for every entry, and rests only on
 the raw words, which `numpy` keeps from version to version; it reserves the right to change its `standard_normal`.
 `torch`'s own normals depend on the processor's vector units. `normal` adds two quantiles, so that its values are as
-good as continuous and reach 5.9 deviations; `coarse_normal` is one alone (65536 values, within 4.2 deviations, mean
+good as continuous and reach 6.1 deviations; `coarse_normal` is one alone (65536 values, within 4.33 deviations, mean
 square exactly one to rounding) for noise that is rounded away with the weight that it is added to.
 """
 

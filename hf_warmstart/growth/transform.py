@@ -140,10 +140,14 @@ class TensorGrowth:
         sides = Side.of(maps[:cut], roles[:cut]), Side.of(maps[cut:], roles[cut:])
         shrunk = self.shrink is not None
         axis = self._paired_axis if not shrunk else None
-        if axis is not None and axis >= cut:
-            paired, pairing = 1, lambda: Pairing(maps[axis].source, maps[axis].write, maps[axis].n)
-        else:
-            paired, pairing = (None if axis is None else 0), lambda: Pairing.of_rows(maps[:cut], axis or 0)
+        along_columns = axis is not None and axis >= cut
+
+        def pairing() -> Pairing:
+            over = maps[axis or 0]
+            return (
+                Pairing(over.source, over.write, over.n) if along_columns else Pairing.of_rows(maps[:cut], axis or 0)
+            )
+
         return Matrix(
             Along.together(alongs[:cut]),
             Along.together(alongs[cut:]),
@@ -151,7 +155,7 @@ class TensorGrowth:
             self.factor if self.shrink is None else self.shrink,
             0.0 if shrunk else self.layout.offset,
             self.noise,
-            paired,
+            None if axis is None else int(along_columns),
             pairing,
             shrunk,
             self.fresh,
@@ -170,7 +174,12 @@ class TensorGrowth:
     def _averaged(self) -> int | None:
         """An axis with mean channels that is one of several that are rows together; None as a rule."""
         for axis, (axis_map, role) in enumerate(zip(self.maps, self.layout.roles, strict=True)):
-            if role == "write" and axis < len(self.maps) - 1 and len(self.maps) > 2 and bool((axis_map.mean != 0).any()):
+            if (
+                role == "write"
+                and axis < len(self.maps) - 1
+                and len(self.maps) > 2
+                and bool((axis_map.mean != 0).any())
+            ):
                 return axis
         return None
 

@@ -31,7 +31,7 @@ GROWTHS = {
     "szp": {"width": 2, "width_operator": "szp"},
 }
 # One family for each way that tensors are laid out; the others are in the slow half.
-QUICK = ("llama", "gpt2", "gpt_neox", "mixtral")
+QUICK = ("llama", "gpt2", "mixtral")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -64,8 +64,8 @@ def _check(plan: GrowthPlan, dtype: torch.dtype) -> int:
         tensor = _parent(plan.shapes[plan.source_name(name)], dtype)
         whole = growth.weight(tensor)
         assert whole.shape == plan.target_shapes[name] and whole.dtype == dtype, name
-        for step in (7 + number % 6, max(1, growth.matrix_shape[0] // 3)):
-            assert torch.equal(_joined(growth, tensor, step), whole), (name, step)
+        step = 7 + number % 6 if number % 3 == 0 else growth.matrix_shape[0] // 3 + 1
+        assert torch.equal(_joined(growth, tensor, step), whole), (name, step)
         by_rows += growth.by_rows
     return by_rows
 
