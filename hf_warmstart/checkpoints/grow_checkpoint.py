@@ -50,8 +50,9 @@ from ..growth.source import class_and_config, parent_name
 from ..growth.state import check_entry, check_state_policy, grow_entry, grow_groups, grow_optimizer_state
 from ..growth.twin import build
 from ..hub.save import CARD_NAME, GROWTH_NAME, save_grown
-from ..training.grown_adamw import GROWN_NAME, set_aside_for_us
+from ..training.grown_adamw import set_aside_for_us
 from .parent_state import (
+    GROWN_NAME,
     SCHEDULER_NAMES,
     SHARDED_OPTIMIZER,
     ParentState,

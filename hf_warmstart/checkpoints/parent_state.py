@@ -38,6 +38,7 @@ from ..growth.state import BORN, NEW, check_entry
 from .sharded import ShardedFolder, is_sharded
 
 SHARDED_OPTIMIZER = "optimizer_0"
+GROWN_NAME = "grown_optimizer.pt"  # the state of `GrownAdamW`, which no other optimizer can go on from
 OWN_STATE = "warmstart_state.json"  # where a run of `WarmstartTrainer` says how it started
 SCHEDULER_NAMES = (SCHEDULER_NAME, "scheduler.bin")
 NO_DECAY = ("bias", "LayerNorm.weight", "layer_norm.weight")
@@ -169,8 +170,6 @@ def load_file(path: Path | None) -> dict[str, Any]:
 
 def optimizer_file(folder: Path) -> Path | None:
     """The file with a checkpoint's optimizer, where one file holds it whole."""
-    from ..training.grown_adamw import GROWN_NAME  # whose package imports this module
-
     # Where ours lies, `optimizer.pt` is a mark that stops others.
     return _first_file(folder, (GROWN_NAME, OPTIMIZER_NAME, OPTIMIZER_NAME_BIN))
 
