@@ -47,7 +47,7 @@ from ..growth.config import GrowthConfig
 from ..growth.grow import grow
 from ..growth.plan import RECORD_KEY, GrowthPlan, GrowthRecord, make_plan
 from ..growth.source import class_and_config, parent_name
-from ..growth.state import check_entry, check_state_policy, grow_entry, grow_groups, grow_optimizer_state
+from ..growth.state import check_entry, check_state_policy, grow_entry, grow_groups
 from ..growth.twin import build
 from ..hub.save import CARD_NAME, GROWTH_NAME, save_grown
 from ..training.grown_adamw import set_aside_for_us
@@ -63,6 +63,7 @@ from .parent_state import (
 )
 from .placement import from_rows, rows_of
 from .sharded import ShardedFolder, is_sharded
+from .state_stream import write_optimizer
 
 SHARDED_MODEL = "pytorch_model_fsdp_0"
 FULL_MODEL = "pytorch_model_fsdp.bin"
@@ -252,25 +253,9 @@ def _write_whole_optimizer(
             "Only WarmstartTrainer resumes a state under 'asymmetric_reset', from one device or DDP. Pass the checkpoint as "
             "warmstart_from to it, or state_policy='carry'."
         )
-    grown = grow_optimizer_state(state, plan, state_policy=state_policy)  # type: ignore[arg-type]
-    if state_policy == "asymmetric_reset":
-        # GrownAdamW takes its settings from the file, as every optimizer does: new entries at the rate of old ones.
-        grown["param_groups"] = [{"new_lr_peak": 1.0, "new_lr_steps": 0, **group} for group in grown["param_groups"]]
-    torch.save(grown if named else number_optimizer_state(grown), path)
+    write_optimizer(state, plan, path, state_policy, named)
     if state_policy == "asymmetric_reset":
         set_aside_for_us(path.parent)
-
-
-def number_optimizer_state(named: Mapping[str, Any]) -> dict[str, Any]:
-    """An optimizer's state keyed by number, as torch saves it, its groups with the names beside the numbers."""
-    numbers: dict[str, int] = {}
-    groups = []
-    for group in named["param_groups"]:
-        numbers |= {name: len(numbers) + k for k, name in enumerate(group["params"])}
-        groups.append(
-            {**group, "params": [numbers[name] for name in group["params"]], "param_names": list(group["params"])}
-        )
-    return {"state": {numbers[name]: entry for name, entry in named["state"].items()}, "param_groups": groups}
 
 
 def _write_sharded_optimizer(state: Mapping[str, Any], plan: GrowthPlan, made: Path, state_policy: str) -> None:

@@ -168,7 +168,7 @@ class StateRule:
                 if rows is None:
                     grown[key] = growth.grow(entry[key], kind)
                 else:
-                    grown[key] = growth.moment_rows(_reader(entry, key), kind, *rows)
+                    grown[key] = growth.moment_rows(reader(entry, key), kind, *rows)
             elif kind == "scalar":
                 value = entry[key]
                 grown[key] = value.clone() if isinstance(value, Tensor) else value
@@ -187,7 +187,7 @@ class StateRule:
         return shape
 
 
-def _reader(entry: Mapping[str, Any], key: str) -> ReadRows:
+def reader(entry: Mapping[str, Any], key: str) -> ReadRows:
     """What reads rows of one piece of an entry."""
     if hasattr(entry, "rows"):
         return lambda start, stop: entry.rows(key, start, stop)
