@@ -9,11 +9,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..errors import StateError
 from ..growth.plan import GrowthPlan
-from ..growth.state import check_state, check_state_policy, grow_groups
+from ..growth.state import check_entry, check_state, check_state_policy, grow_groups
 from ..growth.state_rows import EntryGrowth
+from .later import Later, save_sharded
 from .torch_sink import TorchFileSink, torch_file_bytes
 
 BLOCK_BYTES = 16 * 2**20
@@ -72,6 +79,51 @@ def write_optimizer(
                 if progress is not None:
                     progress(rows.nbytes)
         sink.finish()
+
+
+def write_sharded_optimizer(
+    state: Mapping[str, Any],
+    plan: GrowthPlan,
+    folder: str | os.PathLike,
+    state_policy: str,
+    mesh: DeviceMesh | None,
+    *,
+    max_block_bytes: int = BLOCK_BYTES,
+) -> None:
+    """Grow an optimizer's state into a DCP folder; all ranks take part, and each holds its rows of one piece at a time.
+
+    Args:
+        state, plan, state_policy, max_block_bytes: as for `write_optimizer`, but for `"asymmetric_reset"`, which no
+            sharded optimizer can go on from.
+        folder: the new folder. mesh: all ranks in a row; None for one process.
+
+    Raises:
+        StateError: as for `write_optimizer`; or the state cannot be cut over ranks.
+    """
+
+    @lru_cache(maxsize=1)
+    def growth_of(name: str) -> EntryGrowth:
+        return EntryGrowth(plan, name, state["state"][plan.source_name(name)], state_policy)
+
+    def later(name: str, key: str, piece: Tensor) -> Later:
+        return Later(piece.shape, piece.dtype, lambda rows: growth_of(name).piece(key, max_block_bytes, rows))
+
+    grown: dict[str, Any] = {}
+    for name in plan.names:
+        entry = state["state"].get(plan.source_name(name))
+        if not entry:
+            continue
+        if problems := check_entry(name, entry, tuple(plan.shapes[plan.source_name(name)])):
+            raise StateError("; ".join(problems))
+        growth = growth_of(name)
+        if mesh is not None:
+            growth.refuse_if_cut()
+        grown[name] = {
+            key: later(name, key, value) if isinstance(value, Tensor) and value.is_meta else value
+            for key, value in growth.described.items()
+        }
+    groups = grow_groups(state["param_groups"], plan)
+    save_sharded({"optimizer": {"state": grown, "param_groups": groups}}, Path(folder), mesh)
 
 
 def optimizer_bytes(

@@ -8,6 +8,7 @@ would end the process (SIGBUS).
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import pickle
 import struct
@@ -17,13 +18,16 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import StateError
+
+# Of a zip's local header: its bytes, and where it has the lengths of what follows (APPNOTE.TXT 4.3.7).
+LOCAL, LOCAL_LENGTHS = 30, 26
 
 
 def read_state_file(path: Path) -> dict[str, Any]:
@@ -38,18 +42,25 @@ def read_state_file(path: Path) -> dict[str, Any]:
     Raises:
         StateError: the file is damaged, holds more than tensors and numbers, or is no optimizer's.
     """
-    file = _File(path)
-    with readable(path), os.fdopen(os.dup(file.descriptor), "rb") as opened, FakeTensorMode():
-        tree = torch.load(opened, map_location="cpu", weights_only=True)
+    tree = _described(OpenFile(path))
     if not isinstance(tree, dict) or not isinstance(tree.get("state"), dict) or "param_groups" not in tree:
         raise StateError(f"{path.name} holds no optimizer's state. Pass the file that the parent's run wrote.")
-    records = _records(file)
-    state = {
-        key: FileEntry(file, {k: _piece(file, v, records) for k, v in entry.items()})
-        for key, entry in tree["state"].items()
-    }
-    others = {key: _read_all(file, value, records) for key, value in tree.items() if key != "state"}
-    return {key: state if key == "state" else others[key] for key in tree}
+    state = {key: FileEntry(entry) for key, entry in tree["state"].items()}
+    return {key: state if key == "state" else _all_read(value) for key, value in tree.items()}
+
+
+def stored_tensor(file: OpenFile, begin: int, size: int) -> StoredTensor:
+    """The tensor that `torch.save` wrote into a part of a file.
+
+    Raises:
+        StateError: the part is damaged, or holds anything else.
+    """
+    tensor = _described(file, begin, size)
+    if not isinstance(tensor, StoredTensor):
+        raise StateError(
+            f"{file.path.name} cannot be read as plain tensors and numbers: no tensor is at byte {begin}."
+        )
+    return tensor
 
 
 @contextlib.contextmanager
@@ -67,28 +78,29 @@ def readable(path: Path) -> Iterator[None]:
 class FileEntry(Mapping[str, Any]):
     """The state of one parameter; a tensor is read whenever it is asked for."""
 
-    def __init__(self, file: _File, pieces: Mapping[str, Any]):
-        self._file, self._pieces = file, pieces
+    def __init__(self, pieces: Mapping[str, Any]):
+        self._pieces = pieces
 
     def __getitem__(self, key: str) -> Any:
         piece = self._pieces[key]
-        return self._file.read(piece, piece.described) if isinstance(piece, _Piece) else piece
+        return piece.read() if isinstance(piece, StoredTensor) else piece
 
     def __contains__(self, key: object) -> bool:
         return key in self._pieces  # Mapping's own would read it
 
     def rows(self, key: str, start: int, stop: int) -> Tensor:
         """Some rows of one piece."""
-        piece = self._pieces[key]
-        return self._file.read(piece, piece.described[start:stop])
+        return self._pieces[key].read((start, stop))
 
     def described(self) -> dict[str, Tensor | None]:
         """Its tensors without their numbers."""
-        return {key: piece.described if isinstance(piece, _Piece) else None for key, piece in self._pieces.items()}
+        return {
+            key: piece.described if isinstance(piece, StoredTensor) else None for key, piece in self._pieces.items()
+        }
 
     def without(self, *keys: str) -> FileEntry:
         """The entry less some of its pieces."""
-        return FileEntry(self._file, {key: piece for key, piece in self._pieces.items() if key not in keys})
+        return FileEntry({key: piece for key, piece in self._pieces.items() if key not in keys})
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._pieces)
@@ -97,54 +109,138 @@ class FileEntry(Mapping[str, Any]):
         return len(self._pieces)
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A tensor in a file: its shape, strides and dtype (on the meta device), and the byte of its first entry."""
+class OpenFile:
+    """An open file that must stay as it is.
 
-    described: Tensor
-    offset: int
-
-
-class _File:
-    """An open file that must stay as it is."""
+    Raises:
+        StateError: it cannot be opened.
+    """
 
     def __init__(self, path: Path):
         self.path = path
-        self.descriptor = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self.descriptor)
+        with readable(path):
+            self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
         self._stamp = self._now()
 
     @property
     def size(self) -> int:
+        """Its bytes."""
         return self._stamp[0]
 
     def _now(self) -> tuple[int, int]:
-        status = os.fstat(self.descriptor)
+        status = os.fstat(self._descriptor)
         return status.st_size, status.st_mtime_ns
-
-    def read(self, piece: _Piece, part: Tensor) -> Tensor:
-        """The numbers of a part of a piece, in the part's strides."""
-        if part.numel() == 0:
-            return torch.empty(part.shape, dtype=part.dtype)
-        values = torch.empty(_span(part), dtype=part.dtype)
-        self.fill(memoryview(values.view(torch.uint8).numpy()), piece.offset + part.storage_offset() * part.itemsize)
-        return values.as_strided(part.shape, part.stride())
 
     def fill(self, buffer: memoryview, offset: int) -> None:
         """Read bytes from an offset.
 
         Raises:
-            StateError: the file is not the one that was opened any more.
+            StateError: the file is shorter, or not the one that was opened any more.
         """
         while buffer:
-            count = os.preadv(self.descriptor, [buffer], offset)
+            count = os.preadv(self._descriptor, [buffer], offset)
             if count == 0:
                 break
             buffer, offset = buffer[count:], offset + count
-        if buffer or self._now() != self._stamp:
+        if self._now() != self._stamp:
             raise StateError(
                 f"{self.path.name} was written to while it was read. Grow a checkpoint that no run writes to any more."
             )
+        if buffer:
+            raise StateError(f"{self.path.name} ends before byte {offset + len(buffer)}; it is damaged.")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file: its shape, strides and dtype (on the meta device), and the byte of its first entry."""
+
+    file: OpenFile
+    described: Tensor
+    offset: int
+
+    def read(self, rows: tuple[int, int] | None = None) -> Tensor:
+        """The tensor, or its rows from one number to another, in memory of their own."""
+        part = self.described if rows is None else self.described[slice(*rows)]
+        if part.numel() == 0:
+            return torch.empty(part.shape, dtype=part.dtype)
+        values = torch.empty(_span(part), dtype=part.dtype)
+        self.file.fill(
+            memoryview(values.view(torch.uint8).numpy()), self.offset + part.storage_offset() * part.itemsize
+        )
+        return values.as_strided(part.shape, part.stride())
+
+
+class _Part(io.RawIOBase):
+    """A part of a file, as a file."""
+
+    def __init__(self, file: OpenFile, begin: int, size: int):
+        self._file, self._begin, self._size, self._at = file, begin, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self._size - self._at))
+        self._file.fill(memoryview(buffer)[:count], self._begin + self._at)
+        self._at += count
+        return count
+
+
+def _described(file: OpenFile, begin: int = 0, size: int | None = None) -> Any:
+    """What `torch.save` wrote into a file, or a part of one, with a `StoredTensor` for each tensor."""
+    part = _Part(file, begin, file.size if size is None else size)
+    with readable(file.path), io.BufferedReader(part) as opened:
+        with FakeTensorMode():
+            tree = torch.load(opened, map_location="cpu", weights_only=True)
+        records = _records(file, opened)
+    return _placed(file, tree, records, begin)
+
+
+def _records(file: OpenFile, opened: IO[bytes]) -> dict[int, int]:
+    """Where each record of a zip begins, and its bytes."""
+    records = {}
+    with zipfile.ZipFile(opened) as archive:
+        for record in archive.infolist():
+            if record.filename.endswith("/byteorder") and archive.read(record).decode() != sys.byteorder:
+                raise StateError(
+                    f"{file.path.name} was written on a machine of another byte order. Load and save it once with torch."
+                )
+            opened.seek(record.header_offset + LOCAL_LENGTHS)
+            begin = record.header_offset + LOCAL + sum(struct.unpack("<HH", opened.read(4)))
+            if record.compress_type == zipfile.ZIP_STORED:
+                records[begin] = record.file_size
+    return records
+
+
+def _placed(file: OpenFile, value: Any, records: Mapping[int, int], begin: int) -> Any:
+    """A value of a file, each tensor with its place.
+
+    Raises:
+        StateError: a tensor has other bytes than its record, or none.
+    """
+    if isinstance(value, dict):
+        return type(value)((key, _placed(file, item, records, begin)) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value)(_placed(file, item, records, begin) for item in value)
+    if not isinstance(value, Tensor):
+        return value
+    place = getattr(value.untyped_storage(), "_checkpoint_offset", None)
+    offset = value.storage_offset() * value.itemsize
+    if value.numel() and offset + _span(value) * value.itemsize > records.get(-1 if place is None else place, -1):
+        raise StateError(
+            f"{file.path.name} cannot be read as plain tensors and numbers: the bytes of a tensor of shape "
+            f"{tuple(value.shape)} are not where it says."
+        )
+    described = torch.empty_strided(tuple(value.shape), value.stride(), dtype=value.dtype, device="meta")
+    return StoredTensor(file, described, begin + (place or 0) + offset)
 
 
 def _span(tensor: Tensor) -> int:
@@ -152,44 +248,10 @@ def _span(tensor: Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def _records(file: _File) -> dict[int, int]:
-    """Where each record of the zip begins, and its bytes."""
-    records = {}
-    with readable(file.path), os.fdopen(os.dup(file.descriptor), "rb") as opened, zipfile.ZipFile(opened) as archive:
-        for record in archive.infolist():
-            if record.filename.endswith("/byteorder") and archive.read(record).decode() != sys.byteorder:
-                raise StateError(
-                    f"{file.path.name} was written on a machine of another byte order. Load and save it once with torch."
-                )
-            header = bytearray(30)
-            file.fill(memoryview(header), record.header_offset)
-            begin = record.header_offset + 30 + sum(struct.unpack_from("<HH", header, 26))
-            if record.compress_type == zipfile.ZIP_STORED and begin + record.file_size <= file.size:
-                records[begin] = record.file_size
-    return records
-
-
-def _piece(file: _File, value: Any, records: Mapping[int, int]) -> Any:
-    """What stands for a value of a file: a place where it is a tensor, else itself."""
-    if not isinstance(value, FakeTensor):
-        return value
-    begin = getattr(value.untyped_storage(), "_checkpoint_offset", None)
-    offset = value.storage_offset() * value.itemsize
-    room = records.get(begin, -1) if begin is not None else -1
-    if value.layout != torch.strided or (value.numel() and offset + _span(value) * value.itemsize > room):
-        raise StateError(
-            f"{file.path.name} cannot be read as plain tensors and numbers: the bytes of a tensor of shape "
-            f"{tuple(value.shape)} are not where it says."
-        )
-    described = torch.empty_strided(tuple(value.shape), value.stride(), dtype=value.dtype, device="meta")
-    return _Piece(described, (begin or 0) + offset)
-
-
-def _read_all(file: _File, value: Any, records: Mapping[int, int]) -> Any:
+def _all_read(value: Any) -> Any:
     """A value with all its tensors read."""
     if isinstance(value, dict):
-        return type(value)((key, _read_all(file, item, records)) for key, item in value.items())
+        return type(value)((key, _all_read(item)) for key, item in value.items())
     if isinstance(value, (list, tuple)):
-        return type(value)(_read_all(file, item, records) for item in value)
-    piece = _piece(file, value, records)
-    return file.read(piece, piece.described) if isinstance(piece, _Piece) else piece
+        return type(value)(_all_read(item) for item in value)
+    return value.read() if isinstance(value, StoredTensor) else value

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import StateError, WarmstartError
+from .torch_file import LOCAL, LOCAL_LENGTHS
 
 PiecePath = tuple[Any, ...]
-# Lengths of the fixed parts of a zip's records, and where their checksums lie (APPNOTE.TXT 4.3.7, 4.3.9, 4.3.12).
-_LOCAL, _LOCAL_LENGTHS = 30, 26
+# Of a zip's other headers: their bytes, and where they have the checksum and the lengths (APPNOTE.TXT 4.3.9, 4.3.12).
 _DESCRIPTOR_CHECKSUM = 4
 _CENTRAL, _CENTRAL_CHECKSUM, _CENTRAL_LENGTHS = 46, 16, 28
 _ID = "/.data/serialization_id"
@@ -202,7 +202,7 @@ def _records(path: Path) -> dict[str, _Record]:
         central = archive.start_dir
         for record in archive.infolist():
             name_bytes = len(record.orig_filename.encode())
-            begin = record.header_offset + _LOCAL + sum(_lengths(file, record.header_offset + _LOCAL_LENGTHS, 2))
+            begin = record.header_offset + LOCAL + sum(_lengths(file, record.header_offset + LOCAL_LENGTHS, 2))
             places = (begin + record.file_size + _DESCRIPTOR_CHECKSUM, central + _CENTRAL_CHECKSUM)
             records["/" + record.filename.partition("/")[2]] = _Record(begin, record.file_size, record.CRC, places)
             lengths = _lengths(file, central + _CENTRAL_LENGTHS, 3)

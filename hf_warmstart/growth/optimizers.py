@@ -157,10 +157,7 @@ class StateRule:
         for key in entry:
             kind = self.pieces[key]
             if rows is not None and kind in ("row", "column"):
-                raise StateError(
-                    f"{growth.name}: {key} averages over an axis that is cut over processes; Adafactor's factored "
-                    "moments exist only in whole. Train without sharding, or pass state_policy='reset'."
-                )
+                raise StateError(cut_mean(growth.name, key))
             if kind == "row":
                 column = next(k for k, other in self.pieces.items() if other == "column")
                 grown[key], grown[column] = grow_factored(growth, entry[key], entry[column])
@@ -185,6 +182,14 @@ class StateRule:
         if kind == "column":
             return (*shape[:-2], 1, shape[-1]) if kept else (*shape[:-2], shape[-1])
         return shape
+
+
+def cut_mean(name: str, key: str) -> str:
+    """What is said of one of Adafactor's means on several processes."""
+    return (
+        f"{name}: {key} averages over an axis that is cut over processes; Adafactor's factored moments exist only in whole. "
+        "Train without sharding, or pass state_policy='reset'."
+    )
 
 
 def reader(entry: Mapping[str, Any], key: str) -> ReadRows:

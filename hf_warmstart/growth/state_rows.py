@@ -18,7 +18,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .optimizers import grow_factored, reader
+from ..errors import StateError
+from .optimizers import cut_mean, grow_factored, reader
 from .plan import GrowthPlan
 from .state import BORN, NEW, new_entries, rule_of
 from .transform import AVERAGED, Kind, TensorGrowth
@@ -102,6 +103,25 @@ class EntryGrowth:
         step = self._rows_at_once(key, max_block_bytes)
         for low in range(start, stop, step):
             yield self.rows(key, low, min(low + step, stop))
+
+    def piece(self, key: str, max_block_bytes: int, rows: tuple[int, int] | None = None) -> Tensor:
+        """A grown piece, or some of its rows, made in blocks so that only the result is ever whole."""
+        described = self.described[key]
+        start, stop = rows or (0, len(described) if described.ndim else 0)
+        if described.ndim == 0 or start == stop:
+            return self._whole(key) if described.ndim == 0 else self.rows(key, start, stop)
+        made = torch.empty((stop - start, *described.shape[1:]), dtype=described.dtype)
+        done = 0
+        for block in self.blocks(key, max_block_bytes, (start, stop)):
+            made[done : done + len(block)] = block
+            done += len(block)
+        return made
+
+    def refuse_if_cut(self) -> None:
+        """Raise `StateError` where the entry's rows cannot lie on different processes."""
+        for key in self.described:
+            if self._rule.pieces.get(key) in ("row", "column"):
+                raise StateError(cut_mean(self._name, key))
 
     def memory(self, max_block_bytes: int) -> int:
         """About the most bytes that are held at once while the entry is grown in blocks: of the parent's rows that a block
