@@ -114,7 +114,10 @@ def make_parent(folder: Path, gigabytes: float) -> int:
     config.save_pretrained(folder)
     generator = torch.Generator().manual_seed(0)
     places: dict[str, str] = {}
-    parts = [rest, *({n.replace(".0.", f".{k}."): s for n, s in layer.items()} for k in range(config.num_hidden_layers))]
+    parts = [
+        rest,
+        *({n.replace(".0.", f".{k}."): s for n, s in layer.items()} for k in range(config.num_hidden_layers)),
+    ]
     for number, part in enumerate(parts):
         name = f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors"
         tensors = {n: (torch.randn(s, generator=generator) * 0.02).bfloat16() for n, s in part.items()}
@@ -132,7 +135,16 @@ def size_of(folder: Path) -> int:
 
 def streamed(source: Path, options: dict) -> Callable[[Path], list[str]]:
     flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    return lambda target: [sys.executable, "-m", "hf_warmstart.cli", "grow", str(source), str(target), *flags, "--json"]
+    return lambda target: [
+        sys.executable,
+        "-m",
+        "hf_warmstart.cli",
+        "grow",
+        str(source),
+        str(target),
+        *flags,
+        "--json",
+    ]
 
 
 def in_memory(source: Path, options: dict) -> Callable[[Path], list[str]]:
@@ -146,7 +158,14 @@ def mergekit(python: str, source: Path, work: Path) -> Callable[[Path], list[str
     slices = "".join(f"  - sources: [{{model: {source}, layer_range: [{a}, {b}]}}]\n" for a, b in ranges)
     recipe = work / "passthrough.yaml"
     recipe.write_text(f"slices:\n{slices}merge_method: passthrough\ndtype: bfloat16\n")
-    command = [str(Path(python).with_name("mergekit-yaml")), str(recipe), "{}", "--clone-tensors", "--out-shard-size", "500M"]
+    command = [
+        str(Path(python).with_name("mergekit-yaml")),
+        str(recipe),
+        "{}",
+        "--clone-tensors",
+        "--out-shard-size",
+        "500M",
+    ]
     synced = " ".join(command) + " && find {0} -type f -exec sync {{}} +"
     return lambda target: ["sh", "-c", synced.format(target)]
 
@@ -186,7 +205,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="on the disk that is to be measured")
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[4.0], help="of the parent")
-    parser.add_argument("--growths", nargs="+", choices=["width", "exact", "depth"], default=["width", "exact", "depth"])
+    parser.add_argument(
+        "--growths", nargs="+", choices=["width", "exact", "depth"], default=["width", "exact", "depth"]
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--in-memory", action="store_true", help="also from_pretrained, grow and save_pretrained")
     parser.add_argument("--mergekit", metavar="PYTHON", help="interpreter of an environment that has mergekit")

@@ -22,7 +22,6 @@ import json
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -31,7 +30,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Trainer
@@ -47,11 +45,13 @@ from ..growth.config import GrowthConfig
 from ..growth.grow import grow
 from ..growth.plan import RECORD_KEY, GrowthPlan, GrowthRecord, make_plan
 from ..growth.source import class_and_config, parent_name
-from ..growth.state import check_entry, check_state_policy, grow_entry, grow_groups, grow_optimizer_state
+from ..growth.state import check_state_policy
 from ..growth.twin import build
 from ..hub.save import CARD_NAME, GROWTH_NAME, save_grown
-from ..training.grown_adamw import GROWN_NAME, set_aside_for_us
+from ..training.grown_adamw import set_aside_for_us
+from .later import Later, save_sharded
 from .parent_state import (
+    GROWN_NAME,
     SCHEDULER_NAMES,
     SHARDED_OPTIMIZER,
     ParentState,
@@ -60,8 +60,9 @@ from .parent_state import (
     read_parent_state,
     read_settings,
 )
-from .placement import from_rows, rows_of
-from .sharded import ShardedFolder, is_sharded
+from .placement import Rows
+from .sharded import ShardedFolder, Weights, is_sharded
+from .state_stream import write_optimizer, write_sharded_optimizer
 
 SHARDED_MODEL = "pytorch_model_fsdp_0"
 FULL_MODEL = "pytorch_model_fsdp.bin"
@@ -188,15 +189,16 @@ def _grow_sharded_weights(folder: Path, plan: GrowthPlan, made: Path) -> GrowthR
     missing = sorted({plan.source_name(name) for name in plan.names} - set(weights))
     if missing:
         raise StateError(f"The weights in {SHARDED_MODEL} lack {len(missing)} of the parent's tensors: {missing[:5]}.")
-    mesh = _mesh()
-    grown = {
-        name: _share(plan.tensor(name).grow(weights[plan.source_name(name)], "weight"), mesh) for name in plan.names
-    }
+
+    def later(name: str) -> Later:
+        dtype = weights.described(plan.source_name(name)).dtype
+        return Later(plan.target_shapes[name], dtype, lambda rows: _grown_weight(weights, plan, name, rows))
+
+    grown = {name: later(name) for name in plan.names}
     child = build(plan.model_class, plan.target_config, "meta")
     tied = dict(child.all_tied_weights_keys)
-    _save_sharded(
-        {"model": grown | {name: grown[tied[name]] for name in tied if name in weights}}, made / SHARDED_MODEL
-    )
+    state = {"model": grown | {name: grown[tied[name]] for name in tied if name in weights}}
+    save_sharded(state, made / SHARDED_MODEL, _mesh())
     config = copy.deepcopy(plan.target_config)
     record = plan.record(parent_name(plan.source_config))
     setattr(config, RECORD_KEY, [*(getattr(plan.source_config, RECORD_KEY, None) or []), record.to_dict()])
@@ -206,6 +208,12 @@ def _grow_sharded_weights(folder: Path, plan: GrowthPlan, made: Path) -> GrowthR
         if (folder / "generation_config.json").is_file():
             GenerationConfig.from_pretrained(folder).save_pretrained(made)
     return record
+
+
+def _grown_weight(weights: Weights, plan: GrowthPlan, name: str, rows: Rows | None) -> torch.Tensor:
+    """A grown weight, or some of its rows."""
+    whole = plan.tensor(name).grow(weights[plan.source_name(name)], "weight")
+    return whole if rows is None else whole[slice(*rows)].clone()
 
 
 def _write_state(folder: Path, state: ParentState, plan: GrowthPlan, made: Path, state_policy: str) -> None:
@@ -251,25 +259,9 @@ def _write_whole_optimizer(
             "Only WarmstartTrainer resumes a state under 'asymmetric_reset', from one device or DDP. Pass the checkpoint as "
             "warmstart_from to it, or state_policy='carry'."
         )
-    grown = grow_optimizer_state(state, plan, state_policy=state_policy)  # type: ignore[arg-type]
-    if state_policy == "asymmetric_reset":
-        # GrownAdamW takes its settings from the file, as every optimizer does: new entries at the rate of old ones.
-        grown["param_groups"] = [{"new_lr_peak": 1.0, "new_lr_steps": 0, **group} for group in grown["param_groups"]]
-    torch.save(grown if named else number_optimizer_state(grown), path)
+    write_optimizer(state, plan, path, state_policy, named)
     if state_policy == "asymmetric_reset":
         set_aside_for_us(path.parent)
-
-
-def number_optimizer_state(named: Mapping[str, Any]) -> dict[str, Any]:
-    """An optimizer's state keyed by number, as torch saves it, its groups with the names beside the numbers."""
-    numbers: dict[str, int] = {}
-    groups = []
-    for group in named["param_groups"]:
-        numbers |= {name: len(numbers) + k for k, name in enumerate(group["params"])}
-        groups.append(
-            {**group, "params": [numbers[name] for name in group["params"]], "param_names": list(group["params"])}
-        )
-    return {"state": {numbers[name]: entry for name, entry in named["state"].items()}, "param_groups": groups}
 
 
 def _write_sharded_optimizer(state: Mapping[str, Any], plan: GrowthPlan, made: Path, state_policy: str) -> None:
@@ -278,27 +270,7 @@ def _write_sharded_optimizer(state: Mapping[str, Any], plan: GrowthPlan, made: P
             "A sharded checkpoint cannot keep two step counts per tensor for a stock resume. Pass it as warmstart_from to "
             "WarmstartTrainer(state_policy='asymmetric_reset'), or state_policy='carry'."
         )
-    mesh = _mesh()
-    grown: dict[str, Any] = {}
-    for name in plan.names:
-        entry = state["state"].get(plan.source_name(name))
-        if not entry:
-            continue
-        if problems := check_entry(name, entry, tuple(plan.shapes[plan.source_name(name)])):
-            raise StateError("; ".join(problems))
-        shape = plan.target_shapes[name]
-        if mesh is None or not shape:
-            grown[name] = grow_entry(plan, name, entry, state_policy)
-            continue
-        mine = grow_entry(plan, name, entry, state_policy, rows_of(shape, mesh))
-        grown[name] = {
-            key: from_rows(value, shape, mesh) if isinstance(value, torch.Tensor) and value.ndim else value
-            for key, value in mine.items()
-        }
-    _save_sharded(
-        {"optimizer": {"state": grown, "param_groups": grow_groups(state["param_groups"], plan)}},
-        made / SHARDED_OPTIMIZER,
-    )
+    write_sharded_optimizer(state, plan, made / SHARDED_OPTIMIZER, state_policy, _mesh())
 
 
 # -- one process or many ----------------------------------------------------------------------------------------------
@@ -309,20 +281,6 @@ def _mesh() -> DeviceMesh | None:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     return init_device_mesh("cpu", (dist.get_world_size(),))
-
-
-def _share(value: torch.Tensor, mesh: DeviceMesh | None) -> torch.Tensor:
-    """What this rank keeps of a grown tensor: its rows, where there are several ranks."""
-    if mesh is None or value.ndim == 0:
-        return value
-    return from_rows(value[slice(*rows_of(value.shape, mesh))].clone(), value.shape, mesh)
-
-
-def _save_sharded(state: dict[str, Any], folder: Path) -> None:
-    alone = not dist.is_initialized()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is what no_dist asks for
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(folder, overwrite=False), no_dist=alone)
 
 
 def _staging(target: Path) -> Path:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pickle
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,8 +35,10 @@ from ..errors import StateError
 from ..growth.layout import collect
 from ..growth.state import BORN, NEW, check_entry
 from .sharded import ShardedFolder, is_sharded
+from .torch_file import read_state_file, readable
 
 SHARDED_OPTIMIZER = "optimizer_0"
+GROWN_NAME = "grown_optimizer.pt"  # the state of `GrownAdamW`, which no other optimizer can go on from
 OWN_STATE = "warmstart_state.json"  # where a run of `WarmstartTrainer` says how it started
 SCHEDULER_NAMES = (SCHEDULER_NAME, "scheduler.bin")
 NO_DECAY = ("bias", "LayerNorm.weight", "layer_norm.weight")
@@ -118,7 +119,10 @@ def read_parent_state(
     named = None
     if optimizer:
         parent = build_parent(config)
-        saved = ShardedFolder(folder / SHARDED_OPTIMIZER).optimizer() if sharded else _of_one_age(load_file(file))
+        if sharded or file is None:
+            saved = ShardedFolder(folder / SHARDED_OPTIMIZER).optimizer()
+        else:
+            saved = _of_one_age(read_state_file(file))
         named = name_optimizer_state(saved, parent, decay_names(parent))
     position = None
     if scheduler and scheduler_file is not None:
@@ -158,30 +162,19 @@ def load_file(path: Path | None) -> dict[str, Any]:
     """
     if path is None:
         raise StateError("There is no file to read.")
-    try:
+    with readable(path):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as fault:
-        # torch's own message advises to load it all the same, and so to run whatever the file says.
-        raise StateError(f"{path.name} is damaged, or holds more than plain tensors and numbers.") from fault
-    except (RuntimeError, EOFError, OSError) as fault:
-        raise StateError(f"{path.name} cannot be read as plain tensors and numbers: {fault}") from fault
 
 
 def optimizer_file(folder: Path) -> Path | None:
     """The file with a checkpoint's optimizer, where one file holds it whole."""
-    from ..training.grown_adamw import GROWN_NAME  # whose package imports this module
-
     # Where ours lies, `optimizer.pt` is a mark that stops others.
     return _first_file(folder, (GROWN_NAME, OPTIMIZER_NAME, OPTIMIZER_NAME_BIN))
 
 
 def _of_one_age(saved: dict[str, Any]) -> dict[str, Any]:
     """A state without the marks of what an earlier growth added: after another growth all of it is old."""
-    state = {
-        key: {piece: value for piece, value in entry.items() if piece not in (NEW, BORN)}
-        for key, entry in saved["state"].items()
-    }
-    return {**saved, "state": state}
+    return {**saved, "state": {key: entry.without(NEW, BORN) for key, entry in saved["state"].items()}}
 
 
 def _first_file(folder: Path, names: Sequence[str]) -> Path | None:
@@ -281,7 +274,7 @@ def _named(saved: Mapping[str, Any], names: list[list[str]]) -> dict[str, Any]:
         for number, name in zip(group["params"], part, strict=True)
     }
     return {
-        "state": {by_number[number]: dict(entry) for number, entry in saved["state"].items()},
+        "state": {by_number[number]: entry for number, entry in saved["state"].items()},
         "param_groups": [
             {**{k: v for k, v in group.items() if k != "param_names"}, "params": part}
             for group, part in zip(saved["param_groups"], names, strict=True)

@@ -31,7 +31,7 @@ def from_rows(rows: Tensor, shape: Sequence[int], mesh: DeviceMesh) -> DTensor:
     for size in reversed(shape[1:]):
         stride.insert(0, stride[0] * size)
     return DTensor.from_local(
-        rows.contiguous(),
+        rows,
         mesh,
         [Shard(0)],
         run_check=False,

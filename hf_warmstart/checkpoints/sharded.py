@@ -21,18 +21,17 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
     StorageMeta,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from ..errors import StateError
+from .torch_file import OpenFile, StoredTensor, stored_tensor
 
 INDEX = ".metadata"
+OPEN_FILES = 64
 # What DCP's index consists of, beside builtin containers.
 _RECORDS = {
     ("collections", "OrderedDict"),
@@ -92,18 +91,10 @@ class _SafeReader(dcp.FileSystemReader):
 
 
 class _SafePlanner(DefaultLoadPlanner):
-    """Loads objects with `weights_only=True`, and of a tensor some rows where not all are asked for."""
+    """Loads objects with `weights_only=True`."""
 
-    def __init__(self, first_row: int | None = None):
+    def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._first_row = first_row
-
-    def create_local_plan(self) -> LoadPlan:
-        if self._first_row is None:
-            return super().create_local_plan()
-        ((key, rows),) = self.state_dict.items()
-        chunk = ChunkStorageMetadata(torch.Size((self._first_row, *[0] * (rows.ndim - 1))), rows.shape)
-        return LoadPlan(create_read_items_for_chunk_list(key, self.metadata.state_dict_metadata[key], [chunk]))
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
         return self.state_dict[index.fqn]
@@ -123,7 +114,10 @@ class ShardedFolder:
     """
 
     def __init__(self, folder: str | os.PathLike):
-        self._reader = _SafeReader(Path(folder))
+        self._folder = Path(folder)
+        self._reader = _SafeReader(self._folder)
+        self._files: dict[str, OpenFile] = {}
+        self._shards: dict[MetadataIndex, StoredTensor] = {}
         self.index = self._reader.index
         paths = self.index.planner_data or {}
         self.keys = {key: _flat(paths.get(key, (key,))) for key in self.index.state_dict_metadata}
@@ -134,20 +128,58 @@ class ShardedFolder:
         Raises:
             StateError: its file is missing or damaged, or holds more than tensors and numbers.
         """
-        tensor = self.described(key)
-        if tensor is not None and rows is not None:
-            tensor = tensor[slice(*rows)]
-        state = {key: None if tensor is None else torch.empty_like(tensor, device="cpu")}
-        planner = _SafePlanner(None if tensor is None or rows is None else rows[0])
+        record = self.index.state_dict_metadata[key]
+        if isinstance(record, TensorStorageMetadata):
+            return self._tensor(key, record, rows)
+        state = {key: None}
         with warnings.catch_warnings():
             # This is what no_dist asks for.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             try:
-                dcp.load(state, storage_reader=self._reader, planner=planner, no_dist=True)
+                dcp.load(state, storage_reader=self._reader, planner=_SafePlanner(), no_dist=True)
             except CheckpointException as fault:
                 causes = "; ".join(str(cause) for cause, _ in fault.failures.values())
                 raise StateError(f"{key} cannot be read from the sharded checkpoint: {causes}") from fault
         return state[key]
+
+    def _tensor(self, key: str, record: TensorStorageMetadata, rows: tuple[int, int] | None) -> torch.Tensor:
+        """A tensor or its rows, of each shard only what is in them (torch would read every shard whole)."""
+        if not record.size:
+            return self._shard(key, record.chunks[0].offsets).read()
+        start, stop, _ = slice(*rows or (None,)).indices(record.size[0])
+        made = torch.empty((max(0, stop - start), *record.size[1:]), dtype=record.properties.dtype)
+        filled = 0
+        for chunk in record.chunks:
+            low, *columns = chunk.offsets
+            first, last = max(start, low), min(stop, low + chunk.sizes[0])
+            if first < last and chunk.sizes.numel():
+                place = [slice(at, at + size) for at, size in zip(columns, chunk.sizes[1:], strict=True)]
+                part = self._shard(key, chunk.offsets).read((first - low, last - low))
+                made[(slice(first - start, last - start), *place)] = part
+                filled += part.numel()
+        if filled != made.numel():
+            raise StateError(f"{key} cannot be read from the sharded checkpoint: its shards are not all of it.")
+        return made
+
+    def _shard(self, key: str, offsets: torch.Size) -> StoredTensor:
+        """One shard of a tensor, in the file of the rank that wrote it."""
+        place = MetadataIndex(key, offsets)
+        if place not in self._shards:
+            info = self.index.storage_data.get(place)
+            if info is None or Path(info.relative_path).name != info.relative_path:
+                raise StateError(f"{key} cannot be read from the sharded checkpoint: the index names no file for it.")
+            if getattr(info, "transform_descriptors", None):
+                raise StateError(
+                    f"{key} is stored as {info.transform_descriptors}, which is not read here. Save the checkpoint without "
+                    "extensions of torch.distributed.checkpoint."
+                )
+            if info.relative_path not in self._files:
+                if len(self._files) >= OPEN_FILES:  # a run of many ranks has more than a process may open
+                    self._files.clear()
+                    self._shards.clear()
+                self._files[info.relative_path] = OpenFile(self._folder / info.relative_path)
+            self._shards[place] = stored_tensor(self._files[info.relative_path], info.offset, info.length)
+        return self._shards[place]
 
     def described(self, key: str) -> torch.Tensor | None:
         """A tensor of the saved shape and dtype without numbers; None for an object."""
@@ -196,6 +228,13 @@ class Weights(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._folder.read(self._keys[name])
+
+    def described(self, name: str) -> torch.Tensor:
+        """A tensor without its numbers."""
+        described = self._folder.described(self._keys[name])
+        if described is None:
+            raise StateError(f"{name} is no tensor in the sharded checkpoint, which is not that of a model.")
+        return described
 
     def __contains__(self, name: object) -> bool:
         return name in self._keys  # Mapping's own would read it

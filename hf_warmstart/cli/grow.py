@@ -36,7 +36,9 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--max-memory", metavar="SIZE", help="the most memory that the process may take, such as 2GB")
     parser.add_argument("--threads", type=int, metavar="N", help="that compute (default: one for each processor)")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print bytes and memory, write nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print bytes and memory, write nothing"
+    )
     parser.add_argument("--json", action="store_true", help="write JSON lines to stdout: progress, then the result")
     parser.set_defaults(run=run)
 

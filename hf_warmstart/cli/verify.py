@@ -25,7 +25,9 @@ def add_to(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", metavar="FOLDER", help="a folder that was grown and not trained since")
-    parser.add_argument("--parent", metavar="SOURCE", help="its parent's folder or Hub id (default: the record's Hub id)")
+    parser.add_argument(
+        "--parent", metavar="SOURCE", help="its parent's folder or Hub id (default: the record's Hub id)"
+    )
     parser.add_argument("--blocks", type=int, default=64, metavar="N", help="to make anew (default: %(default)s)")
     parser.add_argument("--all", action="store_true", help="make everything anew, and read the whole parent")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of blocks (default: %(default)s)")

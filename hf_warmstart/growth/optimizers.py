@@ -157,10 +157,7 @@ class StateRule:
         for key in entry:
             kind = self.pieces[key]
             if rows is not None and kind in ("row", "column"):
-                raise StateError(
-                    f"{growth.name}: {key} averages over an axis that is cut over processes; Adafactor's factored "
-                    "moments exist only in whole. Train without sharding, or pass state_policy='reset'."
-                )
+                raise StateError(cut_mean(growth.name, key))
             if kind == "row":
                 column = next(k for k, other in self.pieces.items() if other == "column")
                 grown[key], grown[column] = grow_factored(growth, entry[key], entry[column])
@@ -168,7 +165,7 @@ class StateRule:
                 if rows is None:
                     grown[key] = growth.grow(entry[key], kind)
                 else:
-                    grown[key] = growth.moment_rows(_reader(entry, key), kind, *rows)
+                    grown[key] = growth.moment_rows(reader(entry, key), kind, *rows)
             elif kind == "scalar":
                 value = entry[key]
                 grown[key] = value.clone() if isinstance(value, Tensor) else value
@@ -187,7 +184,15 @@ class StateRule:
         return shape
 
 
-def _reader(entry: Mapping[str, Any], key: str) -> ReadRows:
+def cut_mean(name: str, key: str) -> str:
+    """What is said of one of Adafactor's means on several processes."""
+    return (
+        f"{name}: {key} averages over an axis that is cut over processes; Adafactor's factored moments exist only in whole. "
+        "Train without sharding, or pass state_policy='reset'."
+    )
+
+
+def reader(entry: Mapping[str, Any], key: str) -> ReadRows:
     """What reads rows of one piece of an entry."""
     if hasattr(entry, "rows"):
         return lambda start, stop: entry.rows(key, start, stop)

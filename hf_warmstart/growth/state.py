@@ -17,11 +17,13 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from ..errors import StateError, WarmstartError
 from .layout import collect
-from .optimizers import RULES, rule_for_entry
+from .optimizers import RULES, StateRule, rule_for_entry
 from .plan import GrowthPlan
+from .transform import TensorGrowth
 
 StatePolicy = Literal["carry", "asymmetric_reset", "reset"]
 STATE_POLICIES: tuple[str, ...] = ("carry", "asymmetric_reset", "reset")
@@ -79,10 +81,27 @@ def grow_entry(
 ) -> dict[str, Any]:
     """The optimizer's entry of one of the child's parameters, or of some of its rows, from that of its source."""
     growth = plan.tensor(name)
+    rule = rule_of(name, entry, state_policy)
+    grown = rule.grow(growth, entry, rows)
+    if state_policy == "asymmetric_reset":
+        new = new_entries(plan, growth, rows)
+        for key, kind in rule.pieces.items():
+            if key in grown and kind != "scalar":
+                grown[key] = grown[key].masked_fill(new.to(grown[key].device), 0.0)
+        grown[NEW] = new
+        grown[BORN] = int(entry["step"])  # no tensor: torch casts those to the parameter's dtype when it loads a state
+    return grown
+
+
+def rule_of(name: str, entry: Mapping[str, Any], state_policy: str) -> StateRule:
+    """The rule that the entry of one of the child's parameters grows by.
+
+    Raises:
+        StateError: there is none, or the policy does not go with it.
+    """
     rule = rule_for_entry(entry)
     if rule is None:
         raise StateError(_unknown(name, entry))
-    grown = rule.grow(growth, entry, rows)
     if state_policy == "asymmetric_reset":
         if rule is not RULES[0] or "step" not in entry:
             raise StateError(
@@ -94,14 +113,15 @@ def grow_entry(
                 f"{name}: state_policy='asymmetric_reset' has no optimizer that keeps AMSGrad's maximum. Pass "
                 "state_policy='carry' or 'reset'."
             )
-        new = torch.ones(growth.shape, dtype=torch.bool) if plan.is_added(name) else growth.new_entries()
-        new = new if rows is None else new[slice(*rows)].clone()
-        for key, kind in rule.pieces.items():
-            if key in grown and kind != "scalar":
-                grown[key] = grown[key].masked_fill(new.to(grown[key].device), 0.0)
-        grown[NEW] = new
-        grown[BORN] = int(entry["step"])  # no tensor: torch casts those to the parameter's dtype when it loads a state
-    return grown
+    return rule
+
+
+def new_entries(plan: GrowthPlan, growth: TensorGrowth, rows: tuple[int, int] | None = None) -> Tensor:
+    """bool of a grown tensor, or of some of its rows: what `asymmetric_reset` takes for new."""
+    if not plan.is_added(growth.name):
+        return growth.new_entries(rows)
+    length = growth.shape if rows is None else (rows[1] - rows[0], *growth.shape[1:])
+    return torch.ones(length, dtype=torch.bool)
 
 
 def grow_groups(groups: list[Mapping[str, Any]], plan: GrowthPlan) -> list[dict[str, Any]]:

@@ -28,6 +28,8 @@ from .pairing import Pairing
 from .runs import Along, ReadRows, without_means
 
 Kind = Literal["weight", "first_moment", "second_moment", "update"]
+# How many entries of a second moment are averaged at once. It decides bits (of sums), and so is no setting.
+AVERAGED = 2**20
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ class TensorGrowth:
             grown = squares.push(grown, axis, "write")
         unsourced = self._unsourced()
         if unsourced is not None:
-            filling = self._mean_square(work) if self.filling is None else self.filling
+            filling = self.with_filling(lambda start, stop: tensor[start:stop]).filling
             grown.masked_fill_(unsourced.to(tensor.device), filling)
         return grown.to(tensor.dtype)
 
@@ -220,16 +222,32 @@ class TensorGrowth:
         duals = [m if role == "read" else m.dual() for m, role in zip(self.maps, self.layout.roles, strict=True)]
         return [SpaceMap(d.n, d.source, d.write**2, d.read**2, torch.zeros_like(d.mean), d.silent) for d in duals]
 
-    def _mean_square(self, work: Tensor) -> float:
-        """The mean of the carried entries of a second moment, from the parent's alone."""
-        total, carried = work.double() / self.factor**2, 1
+    def with_filling(self, read: ReadRows) -> TensorGrowth:
+        """Itself with the number that entries without a source take in a second moment, which is of the whole tensor: taken
+        once, it serves every block of rows. `read` gives the parent's rows from one number to another."""
+        if self.filling is not None or not any(bool(m.unsourced.any()) for m in self.maps):
+            return self
+        return replace(self, filling=self._mean_square(read))
+
+    def _mean_square(self, read: ReadRows) -> float:
+        """The mean of the carried entries of a second moment, from the parent's alone; of few rows at a time, the same
+        ones however the tensor is read, so that it has the same bits."""
+        shares, carried = [], 1
         for squares in self._square_maps():
-            shares = torch.zeros(squares.n, dtype=torch.float64)
+            share = torch.zeros(squares.n, dtype=torch.float64)
             sourced = ~squares.unsourced
-            shares.index_add_(0, squares.source[sourced], squares.write[sourced])
-            total = torch.tensordot(shares.to(total.device), total, dims=([0], [0]))
+            share.index_add_(0, squares.source[sourced], squares.write[sourced])
+            shares.append(share)
             carried *= int(sourced.sum())
-        return float(total) / max(carried, 1)
+        rows = len(shares[0])
+        step = max(1, AVERAGED // max(1, math.prod(len(share) for share in shares[1:])))
+        total = 0.0
+        for low in range(0, rows, step):
+            part = read(low, min(low + step, rows)).to(torch.float64, copy=True)
+            for share in reversed(shares[1:]):
+                part = part @ share.to(part.device)
+            total += float(part @ shares[0][low : low + step].to(part.device))
+        return total / self.factor**2 / max(carried, 1)
 
     def moment_rows(self, read: ReadRows, kind: Kind, start: int, stop: int) -> Tensor:
         """Rows of a grown moment, made from the parent's rows that they come from.
@@ -238,17 +256,23 @@ class TensorGrowth:
             read: gives the parent's rows from one number to another. kind: a moment, or an average of steps.
             start, stop: the rows, of the grown tensor's leading axis.
         """
-        first = self.maps[0]
-        rows = first.rows(start, stop)
-        filling = None
-        if kind == "second_moment" and self._unsourced() is not None:
-            filling = self._mean_square(read(0, first.n).to(torch.float64))
-        sources = rows.source[~rows.unsourced]
-        low, high = (int(sources.min()), int(sources.max()) + 1) if len(sources) else (0, 1)
-        if bool((first.mean != 0).any()):
-            low, high = 0, first.n
-        part = replace(self, maps=(rows.of_part(low, high), *self.maps[1:]), filling=filling)
-        return part.grow(read(low, high), kind)
+        growth = self.with_filling(read) if kind == "second_moment" else self
+        rows = self.maps[0].rows(start, stop)
+        if self.takes_all_rows(kind):
+            needed = torch.arange(rows.n)
+        else:
+            needed = torch.unique(rows.source[~rows.unsourced])
+            needed = (
+                needed if len(needed) else torch.zeros(1, dtype=torch.int64)
+            )  # a row without a source has a width too
+            places = torch.searchsorted(needed, rows.source)
+            rows = replace(rows, n=len(needed), source=torch.where(rows.unsourced, rows.source, places))
+        return replace(growth, maps=(rows, *self.maps[1:])).grow(_read_runs(read, needed), kind)
+
+    def takes_all_rows(self, kind: Kind) -> bool:
+        """Whether a row of a grown moment may hold the mean of all the parent's rows."""
+        side = "read" if kind == "first_moment" else "write"
+        return kind != "second_moment" and self.layout.roles[0] == side and bool((self.maps[0].mean != 0).any())
 
     def update(self, tensor: Tensor) -> Tensor:
         """An average of steps, grown as the weight that they moved; zero in layers that add nothing at first."""
@@ -256,10 +280,13 @@ class TensorGrowth:
         grown = self._push(work, dual=False) * self.factor
         return (torch.zeros_like(grown) if self.new_layer else grown).to(tensor.dtype)
 
-    def new_entries(self) -> Tensor:
-        """bool of the grown shape: all but the first copy of each old entry."""
-        mask = self._mask(lambda axis_map, role: ~axis_map.first_copies)
-        return torch.zeros(self.shape, dtype=torch.bool) if mask is None else mask.clone()
+    def new_entries(self, rows: tuple[int, int] | None = None) -> Tensor:
+        """bool of the grown shape, or of its rows from one number to another: all but the first copy of each old entry."""
+        mask = self._mask(lambda axis_map, role: ~axis_map.first_copies, rows)
+        if mask is None:
+            none = torch.zeros((), dtype=torch.bool).expand(self.shape)
+            mask = none if rows is None else none[slice(*rows)]
+        return mask.clone()
 
     def grow(self, tensor: Tensor, kind: Kind) -> Tensor:
         """The grown tensor of a kind. Raises `StateError` where the tensor does not have the layout's shape."""
@@ -285,19 +312,31 @@ class TensorGrowth:
             tensor = axis_map.push(tensor, axis, side)
         return tensor
 
-    def _mask(self, choose: Callable[[SpaceMap, Role], Tensor]) -> Tensor | None:
-        """bool of the grown shape: entries that any axis chooses; None where no axis chooses any."""
-        mask = None
+    def _mask(self, choose: Callable[[SpaceMap, Role], Tensor], rows: tuple[int, int] | None = None) -> Tensor | None:
+        """bool of the grown shape, or of some of its rows: entries that any axis chooses; None where none chooses any."""
+        mask, shape = None, list(self.shape)
         for axis, (axis_map, role) in enumerate(zip(self.maps, self.layout.roles, strict=True)):
             chosen = choose(axis_map, role)
+            if axis == 0 and rows is not None:
+                chosen = chosen[slice(*rows)]
+                shape[0] = len(chosen)
             if bool(chosen.any()):
                 part = _column(chosen, axis, len(self.maps))
                 mask = part if mask is None else mask | part
-        return None if mask is None else mask.expand(self.shape)
+        return None if mask is None else mask.expand(shape)
 
     def _unsourced(self) -> Tensor | None:
         return self._mask(lambda axis_map, role: axis_map.unsourced)
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The shape of a tensor's matrix form: the last axis are its columns, all others together its rows."""
     return (math.prod(shape[:-1]), shape[-1]) if len(shape) > 1 else (math.prod(shape), 1)
+
+
+def _read_runs(read: ReadRows, needed: Tensor) -> Tensor:
+    """Rows at ascending places, each run of neighbours read at once and nothing between."""
+    ends = (needed.diff() != 1).nonzero().flatten() + 1
+    runs = needed.tensor_split(ends.tolist())
+    parts = [read(int(run[0]), int(run[-1]) + 1) for run in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

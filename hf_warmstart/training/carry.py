@@ -79,7 +79,7 @@ def load_grown_state(
 def _placed(value: Any, parameter: Tensor, rows: Rows | None) -> Any:
     if rows is None or not isinstance(value, Tensor) or value.ndim == 0:
         return place_like(value, parameter)
-    return from_rows(value.to(parameter.device), parameter.shape, parameter.device_mesh)  # type: ignore[attr-defined]
+    return from_rows(value.to(parameter.device).contiguous(), parameter.shape, parameter.device_mesh)  # type: ignore[attr-defined]
 
 
 def place_like(value: Any, parameter: Tensor) -> Any:

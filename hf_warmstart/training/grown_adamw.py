@@ -24,10 +24,9 @@ import torch
 from torch import Tensor
 from transformers.trainer import OPTIMIZER_NAME
 
+from ..checkpoints.parent_state import GROWN_NAME
 from ..errors import WarmstartError
 from ..growth.state import BORN, NEW
-
-GROWN_NAME = "grown_optimizer.pt"
 
 
 class OnlyWarmstartTrainerCanResumeAStateWithTwoAges:
