@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from hf_warmstart.checkpoints.safetensors_sink import SafetensorsSink
+from hf_warmstart.checkpoints.staging import Staging
 
 
 def some_tensors(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -73,3 +74,32 @@ def write_raw(path: Path, header: object, data: bytes = b"", length: int | None 
 def bytes_of(folder: Path) -> dict[str, bytes]:
     """All files of a folder."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+class WholeSink(SafetensorsSink):
+    """A sink with a staging of its own, for folders that hold weights alone."""
+
+    def __init__(self, target, tensors, **options):
+        staging = Staging(target)
+        try:
+            super().__init__(staging, tensors, **options)
+        except BaseException:
+            staging.leave()
+            raise
+
+    @property
+    def folder(self):
+        return self.staging.folder
+
+    def publish(self):
+        self.finish()
+        self.staging.publish()
+        self.close()
+
+    def discard(self):
+        super().close()
+        self.staging.discard()
+
+    def close(self):
+        super().close()
+        self.staging.close()

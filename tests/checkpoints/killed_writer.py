@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from hf_warmstart.checkpoints.safetensors_sink import SafetensorsSink
+from .folders import WholeSink
 
 NAMES = [f"layers.{i}.weight" for i in range(8)]
 ROWS, COLUMNS = 64, 1021
@@ -32,7 +32,7 @@ def write(target: Path) -> int:
     """Write the folder; returns how many shards were found finished."""
     specs = dict.fromkeys(NAMES, (torch.int32, (ROWS, COLUMNS)))
     size = 2 * ROWS * COLUMNS * 4
-    with SafetensorsSink(target, specs, max_shard_size=size, fingerprint="1", buffer_nbytes=2**19) as sink:
+    with WholeSink(target, specs, max_shard_size=size, fingerprint="1", buffer_nbytes=2**19) as sink:
         found = sum(shard.done for shard in sink.shards)
         for shard in sink.shards:
             if not shard.done:

@@ -20,13 +20,12 @@ import torch
 from safetensors.torch import load_file
 
 from hf_warmstart.checkpoints.safetensors_layout import folder_bytes, folder_layout
-from hf_warmstart.checkpoints.safetensors_sink import SafetensorsSink
 from hf_warmstart.checkpoints.safetensors_source import SafetensorsSource
 from hf_warmstart.errors import CheckpointError
 from tests.models import tiny_model
 
 from . import killed_writer
-from .folders import bytes_of, some_tensors, specs_of, write_tensors
+from .folders import WholeSink, bytes_of, some_tensors, specs_of, write_tensors
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,9 +40,9 @@ def big_tensors() -> dict[str, torch.Tensor]:
     return {f"layers.{i}.weight": torch.randn(333, 301) + i for i in range(4)}
 
 
-def sink_of(target: Path, tensors: dict[str, torch.Tensor], fingerprint: str = "1", **options) -> SafetensorsSink:
+def sink_of(target: Path, tensors: dict[str, torch.Tensor], fingerprint: str = "1", **options) -> WholeSink:
     options = {"max_shard_size": 450_000, "buffer_nbytes": 2**17, **options}
-    return SafetensorsSink(target, specs_of(tensors), fingerprint=fingerprint, **options)
+    return WholeSink(target, specs_of(tensors), fingerprint=fingerprint, **options)
 
 
 def write_all(target: Path, tensors: dict[str, torch.Tensor], **options) -> list[str]:
@@ -149,7 +148,7 @@ def test_file_systems_that_know_only_the_page_cache_are_written_through_it(tmp_p
 )
 def test_what_cannot_be_written_is_told_before_anything_is(tmp_path, tensors, options, message):
     with pytest.raises(CheckpointError, match=message):
-        SafetensorsSink(tmp_path / "ours", tensors, fingerprint="1", **options)
+        WholeSink(tmp_path / "ours", tensors, fingerprint="1", **options)
     assert not any(tmp_path.iterdir())
 
 
@@ -315,7 +314,7 @@ class Stop(Exception):
     """What interrupts a run."""
 
 
-def interrupted(target: Path, tensors: dict[str, torch.Tensor], shards: int, **options) -> SafetensorsSink:
+def interrupted(target: Path, tensors: dict[str, torch.Tensor], shards: int, **options) -> WholeSink:
     """A run that stops in the middle of a shard."""
     with pytest.raises(Stop), sink_of(target, tensors, **options) as sink:
         for shard in sink.shards[: shards + 1]:
