@@ -30,8 +30,8 @@ CHUNK = 1 << 17  # words looked up at once, so that they stay in the processor's
 def normal(shape: tuple[int, ...], seed: int, stream: str, name: str, rows: Rows | None = None) -> Tensor:
     """Standard normal float32 numbers of a shape, or the rows of its leading axis from one number to another."""
     size, low, high = _span(shape, rows)
-    out = torch.empty(high - low, dtype=torch.float32)
-    table, second = _table(0.5), torch.empty(min(CHUNK, high - low), dtype=torch.float32)
+    out = _empty(high - low)
+    table, second = _table(0.5), _empty(min(CHUNK, high - low))
     for start, words in _chunks(seed, stream, name, low, high, "<u4"):
         part, other = out[start - low :][: len(words)], second[: len(words)]
         torch.index_select(table, 0, _indices(words & 0xFFFF), out=part)
@@ -42,7 +42,7 @@ def normal(shape: tuple[int, ...], seed: int, stream: str, name: str, rows: Rows
 def coarse_normal(shape: tuple[int, ...], seed: int, stream: str, name: str, rows: Rows | None = None) -> Tensor:
     """As `normal`, of one quantile each and in half the time."""
     size, low, high = _span(shape, rows)
-    out = torch.empty(high - low, dtype=torch.float32)
+    out = _empty(high - low)
     for start, words in _chunks(seed, stream, name, low, high, "<u2"):
         torch.index_select(_table(1.0), 0, _indices(words), out=out[start - low :][: len(words)])
     return out.view(size)
@@ -51,7 +51,7 @@ def coarse_normal(shape: tuple[int, ...], seed: int, stream: str, name: str, row
 def uniform(shape: tuple[int, ...], seed: int, stream: str, name: str, rows: Rows | None = None) -> Tensor:
     """float32 numbers uniform on [0, 1), of 24 bits each, of a shape or of some of its rows."""
     size, low, high = _span(shape, rows)
-    out = torch.empty(high - low, dtype=torch.float32)
+    out = _empty(high - low)
     for start, words in _chunks(seed, stream, name, low, high, "<u4"):
         out[start - low :][: len(words)] = torch.from_numpy((words >> 8).astype(np.float32))
     return out.mul_(2.0**-24).view(size)
@@ -78,6 +78,11 @@ def _chunks(seed: int, stream: str, name: str, low: int, high: int, kind: str) -
         first = max(start, low)
         yield first, raw.view(kind)[first - start : stop - start]
         start = stop
+
+
+def _empty(entries: int) -> Tensor:
+    """float32, also inside `true_float64()`: the numbers are the same there."""
+    return torch.from_numpy(np.empty(entries, np.float32))
 
 
 def _indices(words: np.ndarray) -> Tensor:

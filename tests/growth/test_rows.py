@@ -17,6 +17,7 @@ from hf_warmstart.growth.maps import SpaceMap
 from hf_warmstart.growth.operators.base import copy_map, even
 from hf_warmstart.growth.pairing import Pairing
 from hf_warmstart.growth.plan import GrowthPlan
+from hf_warmstart.growth.precision import true_float64
 from hf_warmstart.growth.transform import TensorGrowth
 
 from ..models import FAMILIES, tiny_config
@@ -237,6 +238,13 @@ def test_rows_of_draws_are_those_of_the_whole(draw):
     whole = draw(shape, 5, "s", "n")
     for low, high in ((0, 1), (13, 170), (299, 300), (4, 4)):
         assert torch.equal(draw(shape, 5, "s", "n", (low, high)), whole[low:high])
+
+
+@pytest.mark.parametrize("draw", [random.normal, random.coarse_normal, random.uniform])
+def test_draws_are_the_same_where_float32_means_float64(draw):
+    usual = draw((5, 7), 0, "s", "n")
+    with true_float64():
+        assert torch.equal(draw((5, 7), 0, "s", "n").double(), usual.double())
 
 
 @pytest.mark.parametrize("draw", [random.normal, random.coarse_normal])
