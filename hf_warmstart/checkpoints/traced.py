@@ -97,6 +97,15 @@ class TracedTensor(torch.Tensor):
         return f"TracedTensor({self.made})"
 
     @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func == torch.Tensor.data.__set__:  # which no dispatch sees
+            tensor, value = args
+            if not isinstance(tensor, cls) or not isinstance(value, cls):
+                next(one for one in args if isinstance(one, cls)).trace.refuse("data.__set__")
+            tensor.made, tensor.like = value.made, value.like
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         traced = [one for one in tree_leaves((args, kwargs)) if isinstance(one, TracedTensor)]

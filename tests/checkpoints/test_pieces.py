@@ -124,6 +124,19 @@ def test_computed_values_are_known_as_such():
     assert torch.zeros_like(tensor)[0].fill_(3.0).made.operation == "aten.zeros_like.default"
 
 
+def test_a_tensor_that_is_given_the_data_of_another_is_that_one():
+    trace = Trace()
+    bias = torch.nn.Parameter(trace.tensor("a", (3,), torch.float32))
+    bias.data = torch.nn.functional.pad(bias.data, (0, 0))
+    assert bias.made.source == "a"
+    bias.data = trace.tensor("b", (3,), torch.float32)
+    assert bias.made.source == "b"
+    bias.data = torch.nn.functional.pad(bias.data, (0, 2))
+    assert bias.made.operation == "aten.constant_pad_nd.default" and bias.made.shape == (5,)
+    with pytest.raises(UntraceableError, match="data"):
+        bias.data = torch.zeros(3)
+
+
 @pytest.mark.parametrize(
     "touch",
     [
