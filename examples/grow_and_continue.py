@@ -15,16 +15,20 @@ Several, each with the whole model (on CPUs add --use_cpu at the end; `accelerat
         examples/grow_and_continue.py --parent runs/base/checkpoint-500 --data blocks --width 2 --depth 2 \
         --output_dir runs/grown --max_steps 1000 --gradient_accumulation_steps 4
 
-Several, each with a share of it (GPUs only, and untested without one: on a CPU accelerate does not shard):
+Several, each with a share of it (GPUs only: on a CPU accelerate does not shard):
 
     accelerate launch --config_file examples/accelerate/fsdp2.yaml --num_processes 8 \
         examples/grow_and_continue.py --parent runs/base/checkpoint-500 --data blocks --width 2 --depth 2 \
         --output_dir runs/grown --max_steps 1000
 
 A run that was stopped goes on when the same command is given again. Where FSDP2 wrote the parent's weights in shards
-(`pytorch_model_fsdp_0`), put them together first; its optimizer is read from the shards as it is:
+(`pytorch_model_fsdp_0`), put them together first, and the model's config beside them, which `Trainer` leaves out; the
+optimizer is read from the shards as it is:
 
     accelerate merge-weights runs/base/checkpoint-500/pytorch_model_fsdp_0 runs/base/checkpoint-500
+    cp base-model/config.json runs/base/checkpoint-500
+
+Under `SHARDED_STATE_DICT` the last checkpoint is all that a run leaves: `save_model` writes whole weights only.
 """
 
 from __future__ import annotations

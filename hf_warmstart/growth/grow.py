@@ -103,14 +103,18 @@ def apply_plan(model: PreTrainedModel, plan: GrowthPlan) -> PreTrainedModel:
     setattr(config, RECORD_KEY, [*(getattr(model.config, RECORD_KEY, None) or []), record.to_dict()])
     config._name_or_path = ""  # the child is not what its parent's name names
     config.architectures = [type(model).__name__]
-    child = empty_model(type(model), config, model.dtype).to(model.device)
+    child = empty_model(type(model), config, model.dtype)
     targets = child.state_dict(keep_vars=True)
+    for name in plan.names:
+        # What is filled below need not travel to a GPU, nor wait there beside what fills it.
+        targets[name].data = targets[name].new_empty(0)
+    child = child.to(model.device)
     trainable = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     for name in plan.names:
         source_name = plan.source_name(name)
         grown = plan.tensor(name).grow(source[source_name], "weight")
         target = targets[name]
-        target.data = grown.to(target.device)
+        target.data = grown.to(model.device)
         target.requires_grad_(trainable.get(source_name, False))
     child.tie_weights()
     child.train(model.training)

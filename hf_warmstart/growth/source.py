@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 from ..errors import WarmstartError
 from .configs import model_class_of
@@ -24,7 +25,13 @@ def class_and_config(
         try:
             config = AutoConfig.from_pretrained(source)
         except (OSError, ValueError) as error:
-            raise WarmstartError(f"No model config could be read from {str(source)!r}: {error}") from error
+            advice = ""
+            if Path(source).is_dir() and not Path(source, CONFIG_NAME).exists():
+                advice = (
+                    f" Put the model's {CONFIG_NAME} there (model.config.save_pretrained(folder)): a Trainer that saves in "
+                    "shards leaves it out."
+                )
+            raise WarmstartError(f"No model config could be read from {str(source)!r}: {error}{advice}") from error
         return model_class_of(config), config
     check_model(source)
     return type(source), source.config

@@ -8,6 +8,7 @@ is killed at any point leaves each of them whole or not at all.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import warnings
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampl
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import TrainOutput, has_length
+from transformers.utils import CONFIG_NAME
 
 from .._compat import load_checkpoint_weights
 from ..checkpoints.parent_state import GROWN_NAME, OWN_STATE, ParentState, read_parent_state
@@ -352,8 +354,18 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
             "stream_seen": self._stream_skip + self.state.global_step * self.get_total_train_batch_size(self.args),
         }
         Path(output_dir, OWN_STATE).write_text(json.dumps(own) + "\n")
+        is_bare = self.is_fsdp_enabled and not Path(output_dir, CONFIG_NAME).exists()
+        if is_bare and isinstance(self.model, PreTrainedModel):
+            # Trainer leaves it out of shards, and with it the record of the growth, which the next one needs.
+            self._save_config(output_dir)
         if self._keeps_ages():
             set_aside_for_us(output_dir)
+
+    def _save_config(self, output_dir: str) -> None:
+        config = copy.deepcopy(self.model.config)
+        # fully_shard makes a class of its own of the model's.
+        config.architectures = [type(self.model).__name__.removeprefix("FSDP")]
+        config.save_pretrained(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not Path(checkpoint, GROWN_NAME).is_file():

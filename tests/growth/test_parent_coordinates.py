@@ -80,7 +80,7 @@ def _names(model: nn.Module) -> dict[int, str]:
 
 
 def _loss(model: nn.Module, step: int) -> torch.Tensor:
-    ids = some_tokens(4, 20, seed=1000 + step)
+    ids = some_tokens(4, 20, seed=1000 + step).to(next(model.parameters()).device)
     logits = model(input_ids=ids, use_cache=False).logits
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
@@ -106,13 +106,14 @@ def take_step(model, optimizers, step: int, factors=None) -> tuple[float, float]
     return float(loss.detach()), float(norm)
 
 
-def train_parent(family: str, make_optimizers: MakeOptimizers, **changes):
+def train_parent(family: str, make_optimizers: MakeOptimizers, device: str = "cpu", **changes):
     """A plan for width 2, and the parent with its optimizers after `FIRST_STEPS` steps; in true float64."""
     config = tiny_config(family, **changes)
     config.dtype, config._attn_implementation = torch.float64, "eager"
     plan = plan_growth(config, width=2, width_operator="exact_copy")
     parent = build(plan.model_class, config)
     randomise(parent, 3, scale=0.1)
+    parent = parent.to(device)
     optimizers = make_optimizers(_groups(parent))
     for step in range(FIRST_STEPS):
         take_step(parent, optimizers, step)
@@ -144,10 +145,12 @@ def named_state(model: nn.Module, optimizers) -> dict[str, dict]:
     return {names[id(p)]: dict(entry) for optimizer in optimizers for p, entry in optimizer.state.items()}
 
 
-def follow(family: str, carry: bool, steps: int, optimizer: str = "adamw", **changes) -> tuple[float, float]:
+def follow(
+    family: str, carry: bool, steps: int, optimizer: str = "adamw", device: str = "cpu", **changes
+) -> tuple[float, float]:
     """Largest loss difference of parent and child over `steps` steps, and the largest gradient norm before clipping."""
     with true_float64():
-        plan, parent, optimizers = train_parent(family, OPTIMIZERS[optimizer], **changes)
+        plan, parent, optimizers = train_parent(family, OPTIMIZERS[optimizer], device, **changes)
         child, grown, factors = start_child(plan, parent, OPTIMIZERS[optimizer])
         if carry:
             carried = grow_optimizer_state(named_state(parent, optimizers), plan)

@@ -233,6 +233,15 @@ def test_a_fault_leaves_nothing_under_the_targets_name(base, tmp_path, monkeypat
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_folder_without_a_config_says_what_it_lacks(base, tmp_path):
+    """As those are that Trainer saves in shards."""
+    shutil.copytree(base, tmp_path / "bare")
+    (tmp_path / "bare" / "config.json").unlink()
+    with pytest.raises(WarmstartError, match="Put the model's config.json there"):
+        grow_checkpoint(tmp_path / "bare", tmp_path / "grown", **GROWTH)
+    assert not (tmp_path / "grown").exists()
+
+
 def test_two_ranks_grow_a_whole_checkpoint_as_one_process_does(base, tmp_path):
     grow_checkpoint(base, tmp_path / "alone", **GROWTH)
     arguments = {"parent": str(base), "reports": str(tmp_path)}
