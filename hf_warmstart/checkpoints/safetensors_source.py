@@ -87,6 +87,11 @@ class SafetensorsSource:
         self.tensors = tensors
         self.fingerprint = digest.hexdigest()
 
+    @property
+    def specs(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of each tensor."""
+        return {name: (tensor.dtype, tensor.shape) for name, tensor in self.tensors.items()}
+
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def read_rows(
@@ -205,7 +210,7 @@ class SafetensorsSource:
             real = Path(os.path.realpath(path))
             if not real.exists():
                 raise _Fault(f"a link to {real}, which is not there")
-            if not (real.is_relative_to(self.folder) or _is_blob(self.folder, real)):
+            if leads_out(self.folder, path):
                 raise _Fault(f"a link that leads out of the folder, to {real}")
             if not real.is_file():
                 raise _Fault("not a file")
@@ -309,6 +314,12 @@ def _is_inside(name: object) -> bool:
         return False
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts and str(path) == name
+
+
+def leads_out(folder: Path, path: Path) -> bool:
+    """Whether a path of a folder is a link to something outside of it that is no blob of its repository in the Hub's cache."""
+    folder, real = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
+    return not (real.is_relative_to(folder) or _is_blob(folder, real))
 
 
 def _is_blob(folder: Path, real: Path) -> bool:

@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from threading import Lock
 from typing import TypeVar
@@ -50,14 +49,8 @@ class ParentWeights:
         return {name: assembled.dtype for name, assembled in self._view.items()}
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows of a tensor's matrix form (all axes but the last are rows together), of shape (stop - start, columns)."""
-        assembled = self._view[name]
-        columns = matrix_shape(assembled.shape)[1]
-        boxes = boxes_of_rows(assembled.shape, start, stop)
-        parts = [assembled.region(box, self._read).reshape(-1, columns) for box in boxes]
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat(parts) if parts else torch.empty(0, columns, dtype=assembled.dtype)
+        """Rows of a tensor's matrix form, of shape (stop - start, columns)."""
+        return matrix_rows(self._view[name], start, stop, self._read)
 
     def _read(self, name: str, box: Box) -> Tensor:
         """A box of a tensor in the files, by way of its rows."""
@@ -82,8 +75,8 @@ class ParentWeights:
         for name in sorted(self._view):
             assembled = self._view[name]
             total.update(f"{name} {assembled.dtype} {tuple(assembled.shape)}\n".encode())
-            for start, stop in blocks_of(matrix_shape(assembled.shape), assembled.dtype.itemsize, block_bytes):
-                rows = self.rows(name, start, stop).contiguous()
+            for start, stop in blocks_of(assembled, block_bytes):
+                rows = self.rows(name, start, stop)
                 total.update(rows.flatten().view(torch.uint8).numpy().data if rows.numel() else b"")
         return total.hexdigest()
 
@@ -110,6 +103,16 @@ class GrownWeights:
         rows = growth.weight_rows(read, start, stop, totals)
         return rows.reshape(cover)[cuts]
 
+    def largest_piece(self) -> int:
+        """Bytes of the largest row, or of the largest tensor that is not made by rows."""
+        sizes = [0]
+        dtypes = self.dtypes()
+        for name in self._plan.names:
+            growth = self._plan.tensor(name)
+            rows, columns = growth.matrix_shape
+            sizes.append(columns * (1 if growth.by_rows else rows) * dtypes[name].itemsize)
+        return max(sizes)
+
     def _growth(self, name: str) -> tuple[TensorGrowth, Totals]:
         """How a tensor grows, and what its rows take from the whole parent's tensor: by the first thread that asks."""
         with self._lock:
@@ -126,18 +129,6 @@ class GrownWeights:
         return growth, totals.result()
 
 
-@dataclass(frozen=True)
-class Block:
-    """Rows of one tensor of the child's files, as they are made and written in one go."""
-
-    tensor: Assembled
-    start: int
-    stop: int
-
-    def make(self, read: Reader) -> Tensor:
-        return self.tensor.rows(self.start, self.stop, read)
-
-
 def stream_weights(
     grown: GrownWeights,
     files: Mapping[str, Assembled],
@@ -145,13 +136,14 @@ def stream_weights(
     *,
     threads: int,
     block_bytes: int,
+    window: int,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
     """Write every shard that is not done.
 
     Args:
         files: the tensors of the files over those in memory (`file_view`).
-        threads: make blocks at the same time. block_bytes: of a block, at least one row.
+        threads: make blocks at the same time. block_bytes: of a block, at least one row. window: blocks begun ahead.
         progress: called with the number of bytes that were written since the last call.
 
     Raises:
@@ -159,14 +151,14 @@ def stream_weights(
     """
     todo = [shard for shard in sink.shards if not shard.done]
 
-    def blocks_in(names: Iterable[str]) -> Iterator[Block]:
+    def blocks_in(names: Iterable[str]) -> Iterator[Callable[[], Tensor]]:
         for name in names:
             made = files[name]
-            for start, stop in blocks_of(made.shape, made.dtype.itemsize, block_bytes):
-                yield Block(made, start, stop)
+            for start, stop in blocks_of(made, block_bytes):
+                yield partial(matrix_rows, made, start, stop, grown.region)
 
-    work = (partial(block.make, grown.region) for shard in todo for block in blocks_in(shard.layout))
-    with ahead(work, threads, window=2 * threads) as made:
+    work = (block for shard in todo for block in blocks_in(shard.layout))
+    with ahead(work, threads, window) as made:
         for shard in todo:
             with shard.open():
                 for _ in blocks_in(shard.layout):
@@ -200,13 +192,21 @@ def ahead(work: Iterable[Callable[[], Made]], threads: int, window: int) -> Iter
 # -- rows and boxes ---------------------------------------------------------------------------------------------------
 
 
-def blocks_of(shape: tuple[int, ...], itemsize: int, block_bytes: int) -> Iterator[tuple[int, int]]:
-    """Ranges of the leading axis of about a number of bytes each; a scalar is one row."""
-    rows = shape[0] if shape else 1
-    row_bytes = max(1, math.prod(shape[1:]) * itemsize)
-    step = max(1, block_bytes // row_bytes)
+def blocks_of(tensor: Assembled, block_bytes: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of a tensor's matrix form (all axes but the last are rows together), of about a number of bytes each."""
+    rows, columns = matrix_shape(tensor.shape)
+    step = max(1, block_bytes // max(1, columns * tensor.dtype.itemsize))
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
+
+
+def matrix_rows(tensor: Assembled, start: int, stop: int, read: Reader) -> Tensor:
+    """Rows of a tensor's matrix form, contiguous, of shape (stop - start, columns)."""
+    columns = matrix_shape(tensor.shape)[1]
+    parts = [tensor.region(box, read).reshape(-1, columns) for box in boxes_of_rows(tensor.shape, start, stop)]
+    if len(parts) == 1:
+        return parts[0].contiguous()
+    return torch.cat(parts) if parts else torch.empty(0, columns, dtype=tensor.dtype)
 
 
 def boxes_of_rows(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:

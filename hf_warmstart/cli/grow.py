@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
 from .options import add_growth_options, console, growth_options
-from .plan import as_data, size_text
+from .plan import as_data, show, size_text
 from .progress import bar, json_lines, write_line
+
+if TYPE_CHECKING:
+    from ..checkpoints.grow_checkpoint import CheckpointGrowth
 
 EXAMPLES = """examples:
   hf-warmstart grow runs/base/checkpoint-500 runs/grown --width 2
@@ -45,30 +48,25 @@ def add_to(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Grow; 0."""
-    from ..checkpoints.grow_checkpoint import describe_growth, grow_checkpoint
+    from ..checkpoints.grow_checkpoint import prepare_growth
 
     how = {
         "state_policy": options.state_policy,
         "max_shard_size": options.max_shard_size,
         "max_memory": options.max_memory,
         "revision": options.revision,
+        "threads": options.threads,
     }
-    growth = growth_options(options)
-    if options.dry_run:
-        foreseen = describe_growth(options.source, options.target, **how, **growth)
-        if options.json:
-            write_line({"event": "plan", **as_data(foreseen.plan), **foreseen.sizes})
-        else:
-            console().print(
-                f"{escape(options.target)} would take {size_text(foreseen.output_bytes)} ({foreseen.output_bytes:,} bytes) "
-                f"on the disk, and growing it {size_text(foreseen.peak_memory_bytes)} of memory."
-            )
-        return 0
     start = time.monotonic()
-    with json_lines() if options.json else bar("growing") as report:
-        record = grow_checkpoint(
-            options.source, options.target, threads=options.threads, progress=report, **how, **growth
-        )
+    growth = prepare_growth(options.source, options.target, **how, **growth_options(options))
+    try:
+        if options.dry_run:
+            _show(growth, options)
+            return 0
+        with json_lines() if options.json else bar("growing") as report:
+            record = growth.run(report)
+    finally:
+        growth.close()
     seconds = time.monotonic() - start
     if options.json:
         write_line({"event": "done", "target": options.target, "seconds": seconds, "record": record.to_dict()})
@@ -79,3 +77,16 @@ def run(options: argparse.Namespace) -> int:
             f"{'exact' if record.exact else 'not exact'}. Check it with: hf-warmstart verify {escape(options.target)}"
         )
     return 0
+
+
+def _show(growth: CheckpointGrowth, options: argparse.Namespace) -> None:
+    """What a growth would take."""
+    needs = {"output_bytes": growth.output_bytes, "peak_memory_bytes": growth.peak_memory_bytes}
+    if options.json:
+        write_line({"event": "plan", **as_data(growth.plan), **needs})
+        return
+    show(growth.plan)
+    console().print(
+        f"  {escape(options.target)} would take {growth.output_bytes:,} bytes of disk; growing it "
+        f"{size_text(growth.peak_memory_bytes)} of memory"
+    )

@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, get_cosine_schedule_with_warmup
 
 from hf_warmstart import WarmstartTrainer, grow_checkpoint, plan_growth
+from hf_warmstart.checkpoints import whole_weights
 from hf_warmstart.checkpoints.parent_state import read_parent_state
 from hf_warmstart.checkpoints.sharded import ShardedFolder
 from hf_warmstart.growth.plan import GrowthPlan
@@ -155,7 +156,7 @@ def grow_whole_on_ranks(parent: str, grown: str, reports: str) -> None:
 def fail_to_grow_on_ranks(parent: str, grown: str, reports: str) -> None:
     """The main rank cannot write: all ranks report what they raise."""
     if dist.get_rank() == 0:
-        grow_checkpoint.__globals__["save_grown"] = _full_disk
+        whole_weights.stream_weights = _full_disk
     try:
         grow_checkpoint(parent, grown, **GROWTH)
     except Exception as fault:

@@ -1,0 +1,112 @@
+"""How much memory a growth from files to files takes, and how large its pieces are for a promise to hold.
+
+Beside what the process has already, anonymous memory holds: the sink's buffers, blocks of grown rows that wait or are being
+made, the parent's rows that they are made of, and the numbers that are worked on in float32. Files are read, not mapped.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import WarmstartError
+from ..growth.matrix import CHUNK
+
+MIB = 2**20
+BLOCK, SMALLEST_BLOCK = 8 * MIB, MIB // 4
+BUFFERS, SMALLEST_BUFFERS = 64 * MIB, 4 * MIB
+WORK = 4 * 4 * CHUNK  # of a thread: carried, noise, what is drawn, in float32
+STATE_BLOCKS = 6  # a moment's block, what it is made of, and both in float32
+LIBRARIES = 48 * MIB  # what torch and the allocator take on the way
+AHEAD = 2  # blocks begun per thread
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Sizes of what is held at once.
+
+    Args:
+        threads: that make blocks. block: bytes of a block of grown rows. buffers: of the sink. state_block: of a moment.
+        floor: of one block at least, where a row is larger or a tensor cannot be made by rows.
+    """
+
+    threads: int
+    block: int = BLOCK
+    buffers: int = BUFFERS
+    state_block: int = BLOCK
+    floor: int = 0
+
+    @property
+    def peak(self) -> int:
+        """The most anonymous memory beside what the process has, in bytes."""
+        block = max(self.block, self.floor)
+        weights = self.buffers + (1 + AHEAD * self.threads) * block + self.threads * (block + WORK)
+        return LIBRARIES + max(weights, STATE_BLOCKS * self.state_block)
+
+
+def pieces(max_memory: str | int | None, threads: int | None, floor: int = 0) -> Pieces:
+    """Pieces that keep a promise.
+
+    Args:
+        max_memory: the most anonymous memory that the process may take, all it has included; None for pieces that are as
+            fast as larger ones.
+        threads: None for one for each processor.
+        floor: bytes of the largest block that cannot be made smaller.
+
+    Raises:
+        WarmstartError: the promise cannot be kept, or the numbers are none.
+    """
+    if threads is not None and threads < 1:
+        raise WarmstartError(f"threads={threads} compute nothing. Pass 1 or more.")
+    threads = threads or len(os.sched_getaffinity(0))
+    made = Pieces(threads, floor=floor)
+    if max_memory is None:
+        return made
+    has = anonymous_memory()
+    budget = bytes_of(max_memory, "max_memory") - has
+    while made.peak > budget:
+        smaller = Pieces(
+            made.threads,
+            max(made.block // 2, SMALLEST_BLOCK),
+            max(made.buffers // 2, SMALLEST_BUFFERS),
+            max(made.state_block // 2, SMALLEST_BLOCK),
+            floor,
+        )
+        if smaller == made and made.threads > 1:
+            smaller = Pieces(made.threads - 1, made.block, made.buffers, made.state_block, floor)
+        if smaller == made:
+            raise WarmstartError(
+                f"max_memory={max_memory!r} cannot be kept: the process has {has / 1e6:.0f} MB by now and needs "
+                f"{made.peak / 1e6:.0f} MB beside. Pass at least {(has + made.peak) / 1e6:.0f}MB."
+            )
+        made = smaller
+    return made
+
+
+def anonymous_memory() -> int:
+    """Bytes of this process that no file holds, where the system tells (Linux); else the most that was resident."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def bytes_of(size: str | int, name: str) -> int:
+    """Bytes of a size such as `"2GB"` (10^9 each), `"500 MiB"` (2^20 each) or a number.
+
+    Raises:
+        WarmstartError: it is no size.
+    """
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    if isinstance(size, str) and (found := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", size.upper())):
+        number, unit = found.groups()
+        if unit in UNITS and (made := int(float(number) * UNITS[unit])) > 0:
+            return made
+    raise WarmstartError(f"{name}={size!r} is no size. Pass bytes, or a size such as '2GB' or '500MB'.")

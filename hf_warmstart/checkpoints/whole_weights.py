@@ -1,0 +1,261 @@
+"""The weights of a model's folder, grown into another: from files to files, or in memory where that cannot be.
+
+Two kinds, chosen by what the folder holds. `StreamedWeights` never has more than a few blocks of rows in memory.
+`LoadedWeights` is for what has no other way: pickled weights, an FSDP run's `pytorch_model_fsdp.bin`, and the few classes
+whose loading or saving cannot be followed.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedConfig
+
+from ..errors import CheckpointError, ExactnessError, UntraceableError
+from ..growth.grow import grow
+from ..growth.plan import RECORD_KEY, GrowthPlan, GrowthRecord
+from ..growth.source import parent_name
+from ..growth.twin import build
+from ..hub.facts import certify_record
+from ..hub.save import description, save_grown
+from ..version import __version__
+from .memory import AHEAD, Pieces
+from .safetensors_layout import INDEX_NAME, SINGLE_NAME, FolderLayout, folder_layout
+from .safetensors_sink import SafetensorsSink
+from .safetensors_source import SafetensorsSource
+from .staging import Staging
+from .stream import GrownWeights, ParentWeights, stream_weights
+from .views import FileView, file_view, loaded_view
+
+FULL_MODEL = "pytorch_model_fsdp.bin"
+Report = Callable[[int, int], None]
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class StreamedWeights:
+    """Weights that are grown from files to files. Nothing is written before `write`; `close` closes the parent's files."""
+
+    plan: GrowthPlan
+    folder: Path
+    revision: str | None
+    max_shard_size: str | int
+    source: SafetensorsSource
+    parent: ParentWeights
+    grown: GrownWeights
+    view: FileView
+
+    @classmethod
+    def open(cls, plan: GrowthPlan, folder: Path, revision: str | None, max_shard_size: str | int) -> StreamedWeights:
+        """Check the parent's files, and follow how they are loaded and saved.
+
+        Raises:
+            CheckpointError: the files are not what they should be. UntraceableError: they cannot be followed.
+        """
+        source = SafetensorsSource(folder)
+        try:
+            parent = ParentWeights(source, loaded_view(plan.model_class, plan.source_config, source.specs))
+            grown = GrownWeights(plan, parent)
+            view = file_view(plan.model_class, plan.target_config, grown.dtypes())
+        except BaseException:
+            source.close()
+            raise
+        return cls(plan, folder, revision, max_shard_size, source, parent, grown, view)
+
+    @property
+    def _tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        return {name: (tensor.dtype, tensor.shape) for name, tensor in self.view.tensors.items()}
+
+    @cached_property
+    def _layout_options(self) -> dict[str, Any]:
+        child = build(self.plan.model_class, self.plan.target_config, "meta")
+        return {"total_parameters": child.num_parameters(), "storages": self.view.storages}
+
+    @cached_property
+    def layout(self) -> FolderLayout:
+        """The files that will be written."""
+        return folder_layout(self._tensors, self.max_shard_size, **self._layout_options)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files of weights and their index, exactly."""
+        return self.layout.nbytes
+
+    @property
+    def floor(self) -> int:
+        """Bytes of the largest piece that cannot be made smaller."""
+        return self.grown.largest_piece()
+
+    def write(self, staging: Staging, pieces: Pieces, progress: Report, other_nbytes: int) -> GrowthRecord:
+        """Write weights, config and card; the record of the growth.
+
+        Args:
+            progress: called with bytes that are written, and of how many. other_nbytes: that others will write.
+
+        Raises:
+            ExactnessError: a growth that was planned as exact is not. Nothing is written.
+            CheckpointError: something could not be read or written, or changed meanwhile.
+        """
+        config = self._config()
+        certificate = certify_record(config)
+        if self.plan.exact and not certificate.exact:
+            raise ExactnessError(
+                f"This growth of {self.plan.model_class.__name__} was planned as exact and is not: {certificate.reason}. Run "
+                "certify(source, ...) and report its reason."
+            )
+        fingerprint = repr((self.source.fingerprint, self.plan.growth_config.to_dict(), __version__))
+        sink = SafetensorsSink(
+            staging,
+            self._tensors,
+            max_shard_size=self.max_shard_size,
+            fingerprint=fingerprint,
+            other_nbytes=other_nbytes,
+            buffer_nbytes=pieces.buffers,
+            **self._layout_options,
+        )
+        done = sum(file.nbytes for file, shard in zip(self.layout.files, sink.shards, strict=True) if shard.done)
+        total = self.nbytes + other_nbytes
+
+        def written(nbytes: int) -> None:
+            nonlocal done
+            progress(done := done + nbytes, total)
+
+        with sink, ThreadPoolExecutor(1) as beside:
+            digest = beside.submit(self.parent.digest, pieces.block)
+            stream_weights(
+                self.grown,
+                self.view.tensors,
+                sink,
+                threads=pieces.threads,
+                block_bytes=pieces.block,
+                window=AHEAD * pieces.threads,
+                progress=written,
+            )
+            sink.finish()
+            config = self._config(digest.result())
+        self.source.check_unchanged()
+        config.save_pretrained(staging.folder)
+        if (generation := self._generation_config()) is not None:
+            generation.save_pretrained(staging.folder)
+        files: dict[str, dict[str, str | int]] = {
+            name: {"size": file.size, "sha256": file.sha256} for name, file in staging.finished.items()
+        }
+        for name, text in description(config, certificate=certificate, files=files).items():
+            (staging.folder / name).write_text(text, encoding="utf-8")
+        return GrowthRecord.all_of(config)[-1]
+
+    def _config(self, digest: str | None = None) -> PreTrainedConfig:
+        """The child's config with its record, as `save_pretrained` writes it."""
+        plan = self.plan
+        config = copy.deepcopy(plan.target_config)
+        record = plan.record(parent_name(plan.source_config), self.revision, digest)
+        setattr(config, RECORD_KEY, [*(getattr(plan.source_config, RECORD_KEY, None) or []), record.to_dict()])
+        config._name_or_path = ""
+        config.architectures = [plan.model_class.__name__]
+        dtype = next((dtype for dtype in self.grown.dtypes().values() if dtype.is_floating_point), torch.float32)
+        config.dtype = str(dtype).removeprefix("torch.")
+        return config
+
+    def _generation_config(self) -> GenerationConfig | None:
+        """What a loaded parent would hand on."""
+        if not self.plan.model_class.can_generate():
+            return None
+        if (self.folder / "generation_config.json").is_file():
+            return GenerationConfig.from_pretrained(self.folder)
+        return build(self.plan.model_class, self.plan.source_config, "meta").generation_config
+
+    def close(self) -> None:
+        """Close the parent's files."""
+        self.source.close()
+
+
+@dataclass
+class LoadedWeights:
+    """Weights that are grown in memory, parent and child together."""
+
+    plan: GrowthPlan
+    folder: Path
+    revision: str | None
+    max_shard_size: str | int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files of weights, about: headers are not counted."""
+        return self.plan.output_bytes
+
+    @property
+    def floor(self) -> int:
+        """Bytes that are in memory together."""
+        return (
+            self.plan.output_bytes + self.plan.parameters_before * self.plan.output_bytes // self.plan.parameters_after
+        )
+
+    def write(self, staging: Staging, pieces: Pieces, progress: Report, other_nbytes: int) -> GrowthRecord:
+        """Write weights, config and card; the record of the growth."""
+        staging.begin("loaded whole")
+        staging.check_room(self.nbytes + other_nbytes)
+        parent = self.plan.model_class.from_pretrained(self.folder)
+        parent.config._name_or_path = self.plan.source_config._name_or_path
+        child = grow(parent, self.plan.growth_config)
+        del parent
+        save_grown(child, staging.folder, max_shard_size=self.max_shard_size)
+        if (self.folder / FULL_MODEL).is_file():
+            torch.save(child.state_dict(), staging.folder / FULL_MODEL)
+        progress(self.nbytes, self.nbytes + other_nbytes)
+        return GrowthRecord.all_of(child.config)[-1]
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def whole_weights(
+    plan: GrowthPlan, folder: Path, revision: str | None, max_shard_size: str | int
+) -> StreamedWeights | LoadedWeights:
+    """The weights in a folder, checked; a warning says where they have to be loaded.
+
+    Raises:
+        CheckpointError: the files are not what they should be.
+    """
+    loaded = LoadedWeights(plan, folder, revision, max_shard_size)
+    if (folder / FULL_MODEL).is_file() or not any((folder / name).exists() for name in (SINGLE_NAME, INDEX_NAME)):
+        return loaded
+    try:
+        return StreamedWeights.open(plan, folder, revision, max_shard_size)
+    except UntraceableError as error:
+        logger.warning("%s is grown in memory: %s", plan.model_class.__name__, error)
+        return loaded
+
+
+def refuse_quantised(config: PreTrainedConfig, folder: Path) -> None:
+    """Raise where weights are not plain numbers.
+
+    Raises:
+        CheckpointError: the config says so, or the files hold eight-bit floats.
+    """
+    ways = (
+        "Load the model unquantised (from_pretrained with quantization_config removed, or model.dequantize()), save it in "
+        "bfloat16 and grow that; quantise the grown model anew."
+    )
+    if (quantised := getattr(config, "quantization_config", None)) is not None:
+        method = (
+            quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+        )
+        raise CheckpointError(
+            f"The weights are quantised ({method or 'quantization_config'}), and no map follows that. {ways}"
+        )
+    if not any((folder / name).exists() for name in (SINGLE_NAME, INDEX_NAME)):
+        return
+    with SafetensorsSource(folder) as source:
+        odd = sorted(n for n, t in source.tensors.items() if t.dtype.is_floating_point and t.dtype.itemsize == 1)
+    if odd:
+        raise CheckpointError(
+            f"{len(odd)} tensors are FP8 ({', '.join(odd[:3])}), and no map follows their scales. {ways}"
+        )
