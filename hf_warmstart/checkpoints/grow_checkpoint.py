@@ -21,12 +21,14 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
@@ -103,7 +105,8 @@ class CheckpointGrowth:
         """
         staging = on_main_alone(lambda: Staging(self.target))
         try:
-            record = self._written(staging, progress)
+            with one_thread_each():
+                record = self._written(staging, progress)
         except BaseException:
             if staging is not None:
                 staging.leave()
@@ -140,6 +143,17 @@ class CheckpointGrowth:
         """Close the source's files."""
         if not isinstance(self.weights, ShardedWeights):
             self.weights.close()
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Context in which torch's operations run on the thread that calls them: blocks are what is shared out here."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def on_main_alone(work: Callable[[], Staging]) -> Staging | None:
