@@ -59,7 +59,8 @@ def hub_faults(repo_id: str) -> Iterator[None]:
         words = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", " ".join(str(error).split()))
         if isinstance(error, OSError) and error.errno is not None:
             raise CheckpointError(
-                f"{repo_id!r} could not be kept on the disk: {words}. Make room, or set HF_HOME to a folder on another disk."
+                f"{repo_id!r} could not be kept on the disk: {words}. Make room and run the same again (the "
+                "Hub's cache lies where HF_HOME says)."
             ) from error
         if isinstance(error, HTTPError) and not isinstance(error, OSError):
             raise CheckpointError(
