@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from ..growth.source import class_and_config
 from ..growth.state import check_state_policy
 from ..hub.save import CARD_NAME, GROWTH_NAME
 from .fetch import local_folder
+from .low_disk import HubRepository, HubShards
 from .memory import Pieces, anonymous_memory, pieces
 from .parent_state import GROWN_NAME, SCHEDULER_NAMES
 from .ranks import barrier, on_main
@@ -87,6 +89,11 @@ class CheckpointGrowth:
         """Bytes of weights, their index and the optimizer's file: exact where they are safetensors and one file."""
         weights = self.plan.output_bytes if isinstance(self.weights, ShardedWeights) else self.weights.nbytes
         return weights + self._state_bytes
+
+    @property
+    def fetched_bytes(self) -> tuple[int, int]:
+        """Bytes that `low_disk` fetches, in all and the most on the disk at once; zeros without it."""
+        return self.weights.fetched_nbytes if isinstance(self.weights, StreamedWeights) else (0, 0)
 
     @property
     def _state_bytes(self) -> int:
@@ -173,6 +180,7 @@ def prepare_growth(
     max_memory: str | int | None = None,
     threads: int | None = None,
     revision: str | None = None,
+    low_disk: bool = False,
     **options: Any,
 ) -> CheckpointGrowth:
     """Check everything that can be checked of a growth, and say what it will take; nothing is written.
@@ -184,17 +192,20 @@ def prepare_growth(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} is not empty. Pass a new folder; nothing is overwritten.")
     asked = GrowthConfig.of(growth_config, options)
-    folder = local_folder(source, revision)
+    repository = HubRepository.find(str(source), revision) if low_disk else None
+    folder = repository.folder if repository else local_folder(source, revision)
+    store = target.parent / f".{target.name}.fetched"
+    shards = partial(HubShards, repository, store) if repository else None
     model_class, config = class_and_config(folder)
     commit = None
     if folder != Path(source):
         config._name_or_path, commit = str(source), folder.name
-    refuse_quantised(config, folder)
+    refuse_quantised(config, folder, shards)
     plan = make_plan(model_class, config, asked)
     training = TrainingFiles.of(folder, plan, state_policy)
     if is_sharded(folder / SHARDED_MODEL):
         return CheckpointGrowth(plan, folder, target, ShardedWeights(plan, folder), training, pieces(None, threads))
-    weights = whole_weights(plan, folder, commit, max_shard_size)
+    weights = whole_weights(plan, folder, commit, max_shard_size, shards)
     return CheckpointGrowth(plan, folder, target, weights, training, pieces(max_memory, threads, weights.floor))
 
 
@@ -208,6 +219,7 @@ def grow_checkpoint(
     max_memory: str | int | None = None,
     threads: int | None = None,
     revision: str | None = None,
+    low_disk: bool = False,
     progress: Callable[[int, int], None] = _no_report,
     **options: Any,
 ) -> GrowthRecord:
@@ -226,6 +238,9 @@ def grow_checkpoint(
             has already included. By default pieces of some megabytes, whatever the model's size.
         threads (`int`, *optional*): that compute; one for each processor by default. The bytes do not depend on it.
         revision (`str`, *optional*): branch, tag or commit of a Hub id; the record keeps the commit.
+        low_disk (`bool`, defaults to `False`): of a Hub id, fetch a file of weights when it is needed and drop it again, rather
+            than keep all in the Hub's cache: beside the new folder lie the few files that two of its own are made of. The
+            record then names the parent by its commit alone, without a digest of its tensors.
         progress: called with the bytes that are written, and of how many.
         **options: fields of `GrowthConfig`, or sizes by their transformers names.
 
@@ -250,6 +265,7 @@ def grow_checkpoint(
         max_memory=max_memory,
         threads=threads,
         revision=revision,
+        low_disk=low_disk,
         **options,
     )
     try:

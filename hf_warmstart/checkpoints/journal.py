@@ -35,7 +35,7 @@ class Journal:
 
     Attributes:
         fingerprint: of the run that began it; None in a new journal.
-        finished: name -> `FinishedFile`, of that run.
+        finished: name -> `FinishedFile`, of that run and those that went on from it.
 
     Raises:
         CheckpointError: another run holds it, or the file system has no locks.
@@ -91,6 +91,7 @@ class Journal:
     def append(self, name: str, file: FinishedFile) -> None:
         """Add a finished file, itself already synced."""
         self._write({"file": name, "size": file.size, "sha256": file.sha256})
+        self.finished[name] = file
 
     def _write(self, entry: dict[str, str | int]) -> None:
         line = json.dumps(entry).encode() + b"\n"

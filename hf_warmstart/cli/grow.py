@@ -40,6 +40,9 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="that compute (default: one for each processor)")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     parser.add_argument(
+        "--low-disk", action="store_true", help="fetch a Hub id's files of weights one by one, and drop each after use"
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="check everything, print bytes and memory, write nothing"
     )
     parser.add_argument("--json", action="store_true", help="write JSON lines to stdout: progress, then the result")
@@ -56,6 +59,7 @@ def run(options: argparse.Namespace) -> int:
         "max_memory": options.max_memory,
         "revision": options.revision,
         "threads": options.threads,
+        "low_disk": options.low_disk,
     }
     start = time.monotonic()
     growth = prepare_growth(options.source, options.target, **how, **growth_options(options))
@@ -81,7 +85,9 @@ def run(options: argparse.Namespace) -> int:
 
 def _show(growth: CheckpointGrowth, options: argparse.Namespace) -> None:
     """What a growth would take."""
+    traffic, at_once = growth.fetched_bytes
     needs = {"output_bytes": growth.output_bytes, "peak_memory_bytes": growth.peak_memory_bytes}
+    needs |= {"fetched_bytes": traffic, "fetched_bytes_at_once": at_once} if options.low_disk else {}
     if options.json:
         write_line({"event": "plan", **as_data(growth.plan), **needs})
         return
@@ -90,3 +96,5 @@ def _show(growth: CheckpointGrowth, options: argparse.Namespace) -> None:
         f"  {escape(options.target)} would take {growth.output_bytes:,} bytes of disk; growing it "
         f"{size_text(growth.peak_memory_bytes)} of memory"
     )
+    if options.low_disk:
+        console().print(f"  {traffic:,} bytes would be fetched, at most {at_once:,} of them on the disk at once")
