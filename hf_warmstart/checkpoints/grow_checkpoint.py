@@ -97,6 +97,23 @@ class CheckpointGrowth:
         """The most anonymous memory that this process will have, in bytes: what it has now, and the pieces."""
         return anonymous_memory() + self.pieces.peak
 
+    def check_parent(self, record: GrowthRecord) -> None:
+        """Read the whole parent, and compare it with a record of its growth.
+
+        Raises:
+            CheckpointError: its tensors are not those that were grown.
+        """
+        if record.parent_digest is None or isinstance(self.weights, ShardedWeights):
+            logger.warning(
+                "Shards, and their records, have no digest: whether this is the record's parent is not known."
+            )
+        elif (found := self.weights.digest(self.pieces)) != record.parent_digest:
+            raise CheckpointError(
+                f"{self.folder} is not the parent that the record tells of: its tensors have the sha256 {found}, not "
+                f"{record.parent_digest}. Pass the parent as it was when it was grown"
+                + (f": {record.parent}, revision {record.revision}." if record.revision else ".")
+            )
+
     def run(self, progress: Callable[[int, int], None] = _no_report) -> GrowthRecord:
         """Grow; every rank takes part.
 
