@@ -42,6 +42,7 @@ from .fetch import local_folder
 from .memory import Pieces, anonymous_memory, pieces
 from .parent_state import GROWN_NAME, SCHEDULER_NAMES
 from .ranks import barrier, on_main
+from .safetensors_layout import check_shard_size
 from .safetensors_source import leads_out
 from .sharded import is_sharded
 from .sharded_weights import SHARDED_MODEL, ShardedWeights
@@ -197,6 +198,7 @@ def prepare_growth(
     Args, Raises: as for `grow_checkpoint`.
     """
     check_state_policy(state_policy)
+    check_shard_size(max_shard_size)
     target = Path(os.path.realpath(output_dir))  # a link stays one, to the folder that is written
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} is not empty. Pass a new folder; nothing is overwritten.")
