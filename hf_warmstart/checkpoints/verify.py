@@ -29,7 +29,7 @@ from ..hub.facts import is_hub_id
 from ..version import __version__
 from .fetch import local_folder
 from .grow_checkpoint import one_thread_each
-from .memory import AHEAD
+from .memory import AHEAD, processors
 from .pieces import Assembled
 from .records import checksums, last_record
 from .safetensors_format import nbytes_of, some
@@ -156,7 +156,10 @@ def verify(
         expected = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in files.items()}
         common = [name for name in files if child.specs.get(name) == expected[name]]
         every = [check for name in common for check in _block_checks(name, files[name], grown, child)]
-        chosen = every if blocks is None else random.Random(seed).sample(every, min(blocks, len(every)))
+        numbers = range(len(every))
+        if blocks is not None:  # in the files' order, so that what is of a whole tensor is taken once
+            numbers = sorted(random.Random(seed).sample(numbers, min(blocks, len(every))))
+        chosen = [every[number] for number in numbers]
         listed, present = checksums(folder), {tensor.file for tensor in child.tensors.values()}
         sums = [_file_check(folder, name, listed[name]) for name in sorted(present & set(listed))]
         wrong = [*_failed([*sums, *chosen], progress)]
@@ -262,7 +265,7 @@ def _sha256(path: Path) -> str:
 def _failed(checks: list[_Check], progress: Callable[[int, int], None]) -> Iterator[_Check]:
     """The checks that do not hold."""
     done, total = 0, sum(check.nbytes for check in checks)
-    threads = len(os.sched_getaffinity(0))
+    threads = processors()
     with one_thread_each(), ahead((check.holds for check in checks), threads, AHEAD * threads) as results:
         for check, holds in zip(checks, results, strict=True):
             progress(done := done + check.nbytes, total)

@@ -59,11 +59,12 @@ def add_to(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Grow; 0, or 1 where another growth was to be made again and the bytes are others."""
     from ..checkpoints.grow_checkpoint import prepare_growth
+    from ..growth.config import GrowthConfig
 
     asked, record = growth_options(options), None
     if options.record is not None:
         record = _record(options, asked)
-        asked = {"growth_config": record.growth_config}
+        asked = {"growth_config": GrowthConfig.from_dict(record.growth_config)}
     how = {
         "state_policy": options.state_policy,
         "max_shard_size": options.max_shard_size,

@@ -6,14 +6,32 @@ import hashlib
 import json
 from pathlib import Path
 
+import pytest
 from safetensors import safe_open
 
-from hf_warmstart import grow_checkpoint
+from hf_warmstart import Certificate, grow_checkpoint
+from hf_warmstart.checkpoints import whole_weights
 from hf_warmstart.checkpoints.safetensors_source import SafetensorsSource
 
 from ..models import tiny_model
 
 SHARD = "300KB"  # four files of a tiny Llama of width 2
+
+
+_certificates: dict[str, Certificate] = {}
+
+
+def certify_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let growths of one config be certified once: it takes most of their time here."""
+    measure = whole_weights.certify_record
+
+    def certificate(config):
+        key = config.to_json_string()
+        if key not in _certificates:
+            _certificates[key] = measure(config)
+        return _certificates[key]
+
+    monkeypatch.setattr(whole_weights, "certify_record", certificate)
 
 
 def save_parent(folder: Path, seed: int = 0, **changes) -> Path:

@@ -18,9 +18,23 @@ from hf_warmstart.checkpoints.records import last_record
 from hf_warmstart.cli import grow, main, make_parser, progress, verify
 
 from ..checkpoints.folders import bytes_of
-from ..checkpoints.grown_folders import SHARD, change_config, change_facts, facts, flip, grow_folder, save_parent
+from ..checkpoints.grown_folders import (
+    SHARD,
+    certify_once,
+    change_config,
+    change_facts,
+    facts,
+    flip,
+    grow_folder,
+    save_parent,
+)
 
 SHARDS = ["--max-shard-size", SHARD, "--threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def _certified_once(monkeypatch):
+    certify_once(monkeypatch)
 
 
 @pytest.fixture(scope="module")
