@@ -44,6 +44,7 @@ from .low_disk import HubRepository, HubShards
 from .memory import Pieces, anonymous_memory, pieces
 from .parent_state import GROWN_NAME, SCHEDULER_NAMES
 from .ranks import barrier, on_main
+from .safetensors_layout import check_shard_size
 from .safetensors_source import leads_out
 from .sharded import is_sharded
 from .sharded_weights import SHARDED_MODEL, ShardedWeights
@@ -103,6 +104,23 @@ class CheckpointGrowth:
     def peak_memory_bytes(self) -> int:
         """The most anonymous memory that this process will have, in bytes: what it has now, and the pieces."""
         return anonymous_memory() + self.pieces.peak
+
+    def check_parent(self, record: GrowthRecord) -> None:
+        """Read the whole parent, and compare it with a record of its growth.
+
+        Raises:
+            CheckpointError: its tensors are not those that were grown.
+        """
+        if record.parent_digest is None or isinstance(self.weights, ShardedWeights):
+            logger.warning(
+                "Shards, and their records, have no digest: whether this is the record's parent is not known."
+            )
+        elif (found := self.weights.digest(self.pieces)) != record.parent_digest:
+            raise CheckpointError(
+                f"{self.folder} is not the parent that the record tells of: its tensors have the sha256 {found}, not "
+                f"{record.parent_digest}. Pass the parent as it was when it was grown"
+                + (f": {record.parent}, revision {record.revision}." if record.revision else ".")
+            )
 
     def run(self, progress: Callable[[int, int], None] = _no_report) -> GrowthRecord:
         """Grow; every rank takes part.
@@ -188,6 +206,7 @@ def prepare_growth(
     Args, Raises: as for `grow_checkpoint`.
     """
     check_state_policy(state_policy)
+    check_shard_size(max_shard_size)
     target = Path(os.path.realpath(output_dir))  # a link stays one, to the folder that is written
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} is not empty. Pass a new folder; nothing is overwritten.")

@@ -11,7 +11,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from ..errors import CheckpointError, ExactnessError, UntraceableError
 from ..growth.grow import grow
 from ..growth.plan import RECORD_KEY, GrowthPlan, GrowthRecord
-from ..growth.source import parent_name
+from ..growth.source import digest, parent_name
 from ..growth.twin import build
 from ..hub.facts import certify_record
 from ..hub.save import description, save_grown
@@ -55,6 +55,7 @@ class StreamedWeights:
     parent: ParentWeights
     grown: GrownWeights
     view: FileView
+    _digest: str | None = field(default=None, init=False)
 
     @classmethod
     def open(
@@ -119,6 +120,12 @@ class StreamedWeights:
         of_parent = {source for name in of_child for source in self.loaded[self.plan.source_name(name)].sources}
         return frozenset(self.source.tensors[name].file for name in of_parent)
 
+    def digest(self, pieces: Pieces) -> str:
+        """sha256 over the parent's tensors, which is read whole the first time."""
+        if self._digest is None:
+            self._digest = self.parent.digest(pieces.block)
+        return self._digest
+
     def write(self, staging: Staging, pieces: Pieces, progress: Report, other_nbytes: int) -> GrowthRecord:
         """Write weights, config and card; the record of the growth.
 
@@ -148,6 +155,9 @@ class StreamedWeights:
         )
         done = sum(file.nbytes for file, shard in zip(self.layout.files, sink.shards, strict=True) if shard.done)
         total = self.nbytes + other_nbytes
+        if kept := sum(shard.done for shard in sink.shards):
+            logger.info("Going on after %d of %d files, which an earlier run finished.", kept, len(sink.shards))
+        progress(done, total)
 
         def written(nbytes: int) -> None:
             nonlocal done
@@ -160,7 +170,7 @@ class StreamedWeights:
             shards.expect(todo)
         with sink, ThreadPoolExecutor(1) as beside:
             # It reads all tensors by their names: of files that come one by one, the commit in the record says as much.
-            digest = None if shards is not None else beside.submit(self.parent.digest, pieces.block)
+            digested = None if shards is not None else beside.submit(self.digest, pieces)
             stream_weights(
                 self.grown,
                 self.view.tensors,
@@ -171,7 +181,8 @@ class StreamedWeights:
                 progress=written,
             )
             sink.finish()
-            config = self._config(digest.result() if digest else None)
+            progress(self.nbytes, total)  # headers and index too
+            config = self._config(digested.result() if digested else None)
         self.source.check_unchanged()
         config.save_pretrained(staging.folder)
         if (generation := self._generation_config()) is not None:
@@ -228,6 +239,10 @@ class LoadedWeights:
         return (
             self.plan.output_bytes + self.plan.parameters_before * self.plan.output_bytes // self.plan.parameters_after
         )
+
+    def digest(self, pieces: Pieces) -> str:
+        """sha256 over the parent's tensors, which is loaded."""
+        return digest(self.plan.model_class.from_pretrained(self.folder))
 
     def write(self, staging: Staging, pieces: Pieces, progress: Report, other_nbytes: int) -> GrowthRecord:
         """Write weights, config and card; the record of the growth."""
