@@ -60,8 +60,8 @@ def pieces(max_memory: str | int | None, threads: int | None, floor: int = 0) ->
     Raises:
         WarmstartError: the promise cannot be kept, or the numbers are none.
     """
-    if threads is not None and threads < 1:
-        raise WarmstartError(f"threads={threads} compute nothing. Pass 1 or more.")
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise WarmstartError(f"threads={threads!r} compute nothing. Pass a whole number, 1 or more.")
     threads = threads or processors()
     made = Pieces(threads, floor=floor)
     if max_memory is None:

@@ -158,7 +158,7 @@ def verify(
         every = [check for name in common for check in _block_checks(name, files[name], grown, child)]
         numbers = range(len(every))
         if blocks is not None:  # in the files' order, so that what is of a whole tensor is taken once
-            numbers = sorted(random.Random(seed).sample(numbers, min(blocks, len(every))))
+            numbers = sorted(random.Random(seed).sample(numbers, min(blocks, len(every))))  # type: ignore[assignment]
         chosen = [every[number] for number in numbers]
         listed, present = checksums(folder), {tensor.file for tensor in child.tensors.values()}
         sums = [_file_check(folder, name, listed[name]) for name in sorted(present & set(listed))]
