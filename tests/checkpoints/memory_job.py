@@ -28,7 +28,8 @@ SMALL = {
 
 
 def say(predicted: int) -> None:
-    print(json.dumps({"has": anonymous_memory(), "predicted": predicted}), flush=True)
+    sys.stdout.write(json.dumps({"has": anonymous_memory(), "predicted": predicted}) + "\n")
+    sys.stdout.flush()
 
 
 def stream(source: str, target: str, options: dict) -> None:
