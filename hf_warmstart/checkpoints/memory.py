@@ -14,12 +14,14 @@ from pathlib import Path
 
 from ..errors import WarmstartError
 from ..growth.matrix import CHUNK
+from ..growth.transform import AVERAGED
 
 MIB = 2**20
 BLOCK, SMALLEST_BLOCK = 8 * MIB, MIB // 4
 BUFFERS, SMALLEST_BUFFERS = 64 * MIB, 4 * MIB
 WORK = 4 * 4 * CHUNK  # of a thread: carried, noise, what is drawn, in float32
 STATE_BLOCKS = 6  # a moment's block, what it is made of, and both in float32
+STATE_WORK = 4 * 8 * AVERAGED  # entries of a moment that are averaged at once, in float64, and what they are made of
 LIBRARIES = 48 * MIB  # what torch and the allocator take on the way
 AHEAD = 2  # blocks begun per thread
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -45,7 +47,7 @@ class Pieces:
         """The most anonymous memory beside what the process has, in bytes."""
         block = max(self.block, self.floor)
         weights = self.buffers + (1 + AHEAD * self.threads) * block + self.threads * (block + WORK)
-        return LIBRARIES + max(weights, STATE_BLOCKS * self.state_block)
+        return LIBRARIES + max(weights, STATE_WORK + STATE_BLOCKS * self.state_block)
 
 
 def pieces(max_memory: str | int | None, threads: int | None, floor: int = 0) -> Pieces:
