@@ -33,23 +33,24 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, WarmstartError
 from ..growth.config import GrowthConfig
-from ..growth.plan import GrowthPlan, GrowthRecord, make_plan
+from ..growth.plan import RECORD_KEY, GrowthPlan, GrowthRecord, make_plan
 from ..growth.source import class_and_config
 from ..growth.state import check_state_policy
 from ..hub.save import CARD_NAME, GROWTH_NAME
 from .fetch import local_folder
 from .low_disk import HubRepository, HubShards
-from .memory import Pieces, anonymous_memory, pieces
+from .memory import Pieces, anonymous_memory, bytes_of, pieces
 from .parent_state import GROWN_NAME, SCHEDULER_NAMES
+from .plausible import check_size
 from .ranks import barrier, on_main
 from .safetensors_source import leads_out
 from .sharded import is_sharded
 from .sharded_weights import SHARDED_MODEL, ShardedWeights
-from .staging import Staging
+from .staging import Staging, journal_path, staging_folder, write_faults
 from .training_files import TrainingFiles
-from .whole_weights import LoadedWeights, StreamedWeights, refuse_quantised, whole_weights
+from .whole_weights import LoadedWeights, StreamedWeights, check_weights, refuse_quantised, whole_weights
 
 logger = logging.getLogger(__name__)
 # What a growth writes anew or leaves out; every other file is taken along as it is.
@@ -104,6 +105,23 @@ class CheckpointGrowth:
         """The most anonymous memory that this process will have, in bytes: what it has now, and the pieces."""
         return anonymous_memory() + self.pieces.peak
 
+    def check_parent(self, record: GrowthRecord) -> None:
+        """Read the whole parent, and compare it with a record of its growth.
+
+        Raises:
+            CheckpointError: its tensors are not those that were grown.
+        """
+        if record.parent_digest is None or isinstance(self.weights, ShardedWeights):
+            logger.warning(
+                "Shards, and their records, have no digest: whether this is the record's parent is not known."
+            )
+        elif (found := self.weights.digest(self.pieces)) != record.parent_digest:
+            raise CheckpointError(
+                f"{self.folder} is not the parent that the record tells of: its tensors have the sha256 {found}, not "
+                f"{record.parent_digest}. Pass the parent as it was when it was grown"
+                + (f": {record.parent}, revision {record.revision}." if record.revision else ".")
+            )
+
     def run(self, progress: Callable[[int, int], None] = _no_report) -> GrowthRecord:
         """Grow; every rank takes part.
 
@@ -112,7 +130,7 @@ class CheckpointGrowth:
         """
         staging = on_main_alone(lambda: Staging(self.target))
         try:
-            with one_thread_each():
+            with write_faults(self.target.name, self.target), one_thread_each():
                 record = self._written(staging, progress)
         except BaseException:
             if staging is not None:
@@ -121,7 +139,7 @@ class CheckpointGrowth:
         return record
 
     def _written(self, staging: Staging | None, progress: Callable[[int, int], None]) -> GrowthRecord:
-        made = self.target.parent / f".{self.target.name}.growing"
+        made = staging_folder(self.target)
         state_bytes = self._state_bytes
         if isinstance(self.weights, ShardedWeights):
             on_main(lambda: staging.begin("sharded") and None)  # type: ignore[union-attr]
@@ -188,25 +206,76 @@ def prepare_growth(
     Args, Raises: as for `grow_checkpoint`.
     """
     check_state_policy(state_policy)
-    target = Path(os.path.realpath(output_dir))  # a link stays one, to the folder that is written
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"{target} is not empty. Pass a new folder; nothing is overwritten.")
+    shard_bytes = bytes_of(max_shard_size, "max_shard_size")
+    pieces(max_memory, threads)  # what cannot be is told before anything is read
+    target = _checked_target(output_dir)
     asked = GrowthConfig.of(growth_config, options)
     repository = HubRepository.find(str(source), revision) if low_disk else None
     folder = repository.folder if repository else local_folder(source, revision)
-    store = target.parent / f".{target.name}.fetched"
-    shards = partial(HubShards, repository, store) if repository else None
+    shards = partial(HubShards, repository, target.parent / f".{target.name}.fetched") if repository else None
+    _check_apart(target, folder)
     model_class, config = class_and_config(folder)
+    _check_records(config)
     commit = None
     if folder != Path(source):
         config._name_or_path, commit = str(source), folder.name
     refuse_quantised(config, folder, shards)
+    sharded = is_sharded(folder / SHARDED_MODEL)
+    if shards is None:
+        if not sharded:
+            check_weights(folder)
+        check_size(model_class, config, folder)
     plan = make_plan(model_class, config, asked)
     training = TrainingFiles.of(folder, plan, state_policy)
-    if is_sharded(folder / SHARDED_MODEL):
+    if sharded:
         return CheckpointGrowth(plan, folder, target, ShardedWeights(plan, folder), training, pieces(None, threads))
-    weights = whole_weights(plan, folder, commit, max_shard_size, shards)
-    return CheckpointGrowth(plan, folder, target, weights, training, pieces(max_memory, threads, weights.floor))
+    weights = whole_weights(plan, folder, commit, shard_bytes, shards)
+    try:
+        sizes = pieces(max_memory, threads, weights.floor)
+    except BaseException:
+        weights.close()
+        raise
+    return CheckpointGrowth(plan, folder, target, weights, training, sizes)
+
+
+def _checked_target(output_dir: str | os.PathLike) -> Path:
+    """The folder to be, links resolved: new or empty, and one that can be made."""
+    try:
+        target = Path(os.path.realpath(output_dir))  # a link stays one, to the folder that is written
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise CheckpointError(f"{target} is not empty. Pass a new folder; nothing is overwritten.")
+        above = next(folder for folder in target.parents if folder.exists())
+        longest = os.statvfs(above).f_namemax
+    except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{str(output_dir)!r} cannot be the target: {error}. Pass the path of a folder."
+        ) from error
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{target} cannot be made: {above} is no folder that this process may write to.")
+    if len(os.fsencode(journal_path(target).name)) > longest:
+        raise CheckpointError(f"{target} cannot be written: its name is too long for what lies beside it meanwhile.")
+    return target
+
+
+def _check_records(config: PreTrainedConfig) -> None:
+    """What the source's own growths left in its config can be carried on."""
+    try:
+        GrowthRecord.all_of(config)
+    except TypeError as error:
+        raise WarmstartError(f"{RECORD_KEY} in the source's config.json holds no growth records: {error}") from error
+
+
+def _check_apart(target: Path, folder: Path) -> None:
+    """Source and target do not lie in each other: nothing of the source may change, nor what is unfinished be read."""
+    real = Path(os.path.realpath(folder))
+    if target.is_relative_to(real):
+        raise CheckpointError(
+            f"{target} lies in the source, {real}. Pass a folder outside of it; the source stays as it is."
+        )
+    if real.is_relative_to(staging_folder(target)):
+        raise CheckpointError(f"{real} is what an unfinished run to {target} left. Pass the source of that run.")
 
 
 def grow_checkpoint(

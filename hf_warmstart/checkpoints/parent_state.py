@@ -28,11 +28,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from ..errors import StateError
 from ..growth.layout import collect
+from ..growth.source import read_config
 from ..growth.state import BORN, NEW, check_entry
 from .sharded import ShardedFolder, is_sharded
 from .torch_file import read_state_file, readable
@@ -114,8 +115,8 @@ def read_parent_state(
         missing.append(f"{SCHEDULER_NAME} (or pass schedule_policy='rewarm' or 'rewind')")
     if missing:
         raise StateError(f"The checkpoint {folder.name} lacks files:\n{collect(missing)}")
-    config = AutoConfig.from_pretrained(folder) if (folder / "config.json").is_file() else None
-    trainer = json.loads((folder / TRAINER_STATE_NAME).read_text()) if by_trainer else {}
+    config = read_config(folder) if (folder / "config.json").is_file() else None
+    trainer = _read_json(folder / TRAINER_STATE_NAME) if by_trainer else {}
     named = None
     if optimizer:
         parent = build_parent(config)
@@ -126,13 +127,15 @@ def read_parent_state(
         named = name_optimizer_state(saved, parent, decay_names(parent))
     position = None
     if scheduler and scheduler_file is not None:
-        position = int(load_file(scheduler_file)["last_epoch"])
-    step = int(trainer["global_step"]) if by_trainer else _steps_taken(named, position)
+        position = _count(load_file(scheduler_file), "last_epoch", scheduler_file)
+    step = _steps_taken(named, position)
+    if by_trainer:
+        step = _count(trainer, "global_step", folder / TRAINER_STATE_NAME)
     if by_accelerate and position is not None:
         # accelerate moves a schedule once for each process at every step.
         processes = len(list(folder.glob("random_states_*.pkl")))
         position = step if position == step * processes else position
-    own = json.loads((folder / OWN_STATE).read_text()) if (folder / OWN_STATE).is_file() else {}
+    own = _read_json(folder / OWN_STATE) if (folder / OWN_STATE).is_file() else {}
     return ParentState(config, step, named, position, trainer, own)
 
 
@@ -164,6 +167,26 @@ def load_file(path: Path | None) -> dict[str, Any]:
         raise StateError("There is no file to read.")
     with readable(path):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as fault:
+        raise StateError(f"{path.name} in {path.parent} is damaged, or cannot be read: {fault}") from fault
+    if not isinstance(data, dict):
+        raise StateError(f"{path.name} in {path.parent} is damaged: it holds no JSON object.")
+    return data
+
+
+def _count(data: Any, key: str, path: Path) -> int:
+    """A whole number that a file must hold."""
+    value = data.get(key) if isinstance(data, dict) else None
+    if not isinstance(value, int):
+        raise StateError(
+            f"{path.name} in {path.parent} is damaged: it has {key}={value!r}, which must be a whole number."
+        )
+    return value
 
 
 def optimizer_file(folder: Path) -> Path | None:
@@ -214,6 +237,11 @@ def name_optimizer_state(saved: Mapping[str, Any], model: nn.Module, decay_names
         named = dict(saved)
         _check_named(named, parameters, model)
         return named
+    numbers = [number for group in groups for number in group.get("params", [])]
+    if unknown := sorted(set(saved["state"]) - set(numbers)):
+        raise StateError(
+            f"The optimizer file has states for {unknown[:5]}, which are in none of its groups: it is damaged."
+        )
     if all("param_names" in group for group in groups):
         candidates = [[list(group["param_names"]) for group in groups]]
     else:
@@ -221,7 +249,7 @@ def name_optimizer_state(saved: Mapping[str, Any], model: nn.Module, decay_names
         trainable = [name for name, p in parameters.items() if p.requires_grad]
         pools = [trainable] if len(trainable) == len(parameters) else [trainable, list(parameters)]
         candidates = [names for pool in pools for names in _orders(pool, decay_names)]
-    counts = [len(group["params"]) for group in groups]
+    counts = [len(group.get("params", [])) for group in groups]
     faults: list[str] = []
     for names in candidates:
         if [len(part) for part in names] == counts:

@@ -30,6 +30,7 @@ from .safetensors_format import (
 from .safetensors_layout import INDEX_NAME, SINGLE_NAME
 
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "consolidated*.bin")
+NO_WEIGHTS = ("optimizer", "grown_optimizer", "scheduler", "scaler", "rng_state")  # what training leaves beside them
 
 
 class SafetensorsSource:
@@ -364,7 +365,8 @@ def _why_nothing(folder: Path) -> str:
     what = f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}"
     if shards := sorted(path.name for path in folder.glob("*.safetensors")):
         return f"{what}, but {some(shards)}. Add the index, or rename a single file to {SINGLE_NAME}."
-    if pickles := sorted(path.name for pattern in PICKLES for path in folder.glob(pattern)):
+    found = {path.name for pattern in PICKLES for path in folder.glob(pattern)}
+    if pickles := sorted(name for name in found if not name.startswith(NO_WEIGHTS)):
         return (
             f"{what}, but pickled weights: {some(pickles)}. They are not read here, since a pickle can run code. Convert "
             "them first: load the model from a source that you trust and call save_pretrained."

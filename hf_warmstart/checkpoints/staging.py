@@ -37,11 +37,11 @@ class Staging:
 
     def __init__(self, target: str | os.PathLike):
         self.target = Path(os.path.realpath(target))  # a link stays one, to the folder that is written
-        self.folder = self.target.parent / f".{self.target.name}.growing"
+        self.folder = staging_folder(self.target)
         self._check_target()
         with self.faults(self.target.name):
             self.target.parent.mkdir(parents=True, exist_ok=True)
-            self._journal = Journal(self.folder.with_name(self.folder.name + ".journal"), self.target)
+            self._journal = Journal(journal_path(self.target), self.target)
             try:
                 self._check_target()  # now that no other run can fill it
                 self._check_folder()
@@ -136,13 +136,8 @@ class Staging:
     @contextmanager
     def faults(self, name: str) -> Iterator[None]:
         """What the system says, as an error that tells how to go on."""
-        try:
+        with write_faults(name, self.target):
             yield
-        except OSError as error:
-            raise CheckpointError(
-                f"{name} could not be written for {self.target}: {error.strerror or error}. The target is untouched; what "
-                f"is finished stays in {self.folder}. Make room or mend the disk, and run the same again to go on from there."
-            ) from error
 
     def _check_target(self) -> None:
         if self.target.exists() and (not self.target.is_dir() or any(self.target.iterdir())):
@@ -163,6 +158,30 @@ class Staging:
         if self._journal.fingerprint is None:
             self._journal.remove()
         self._journal.close()
+
+
+def staging_folder(target: Path) -> Path:
+    """Where a target's files lie until it has its name."""
+    return target.parent / f".{target.name}.growing"
+
+
+def journal_path(target: Path) -> Path:
+    """The lock on a target, and its journal."""
+    return target.parent / f".{target.name}.growing.journal"
+
+
+@contextmanager
+def write_faults(name: str, target: Path) -> Iterator[None]:
+    """What the system says while a file of a target is written, as an error that tells how to go on."""
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise CheckpointError(
+            f"{name} could not be written for {target}: {error.strerror or error}{where}. The target is untouched; what "
+            f"is finished stays in {staging_folder(target)}. Make room or mend the disk, and run the same again to go on "
+            "from there."
+        ) from error
 
 
 def _is_as_finished(path: Path, file: FinishedFile) -> bool:

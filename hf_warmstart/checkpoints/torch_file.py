@@ -43,10 +43,20 @@ def read_state_file(path: Path) -> dict[str, Any]:
         StateError: the file is damaged, holds more than tensors and numbers, or is no optimizer's.
     """
     tree = _described(OpenFile(path))
-    if not isinstance(tree, dict) or not isinstance(tree.get("state"), dict) or "param_groups" not in tree:
+    if not isinstance(tree, dict) or not _is_state(tree.get("state")) or not _are_groups(tree.get("param_groups")):
         raise StateError(f"{path.name} holds no optimizer's state. Pass the file that the parent's run wrote.")
     state = {key: FileEntry(entry) for key, entry in tree["state"].items()}
     return {key: state if key == "state" else _all_read(value) for key, value in tree.items()}
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(entry, dict) for entry in value.values())
+
+
+def _are_groups(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(group, dict) and isinstance(group.get("params", []), list) for group in value
+    )
 
 
 def stored_tensor(file: OpenFile, begin: int, size: int) -> StoredTensor:
@@ -136,10 +146,11 @@ class OpenFile:
         """Read bytes from an offset.
 
         Raises:
-            StateError: the file is shorter, or not the one that was opened any more.
+            StateError: the file cannot be read, is shorter, or not the one that was opened any more.
         """
         while buffer:
-            count = os.preadv(self._descriptor, [buffer], offset)
+            with readable(self.path):
+                count = os.preadv(self._descriptor, [buffer], offset)
             if count == 0:
                 break
             buffer, offset = buffer[count:], offset + count

@@ -7,12 +7,14 @@ that `torch.save` of the whole would have written.
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -143,11 +145,21 @@ class TorchFileSink:
 
 
 def torch_file_bytes(path: str | os.PathLike, skeleton: Any) -> int:
-    """The exact size of the file that `TorchFileSink` writes to a path; nothing is left on the disk."""
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder, Path(path).name)
-        _save_skeleton(place, skeleton)
-        return place.stat().st_size
+    """The exact size of the file that `TorchFileSink` writes to a path; nothing is left on the disk.
+
+    Raises:
+        WarmstartError: there is no room for it in the folder for temporary files, where it takes next to none.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder, Path(path).name)
+            _save_skeleton(place, skeleton)
+            return place.stat().st_size
+    except OSError as error:
+        raise WarmstartError(
+            f"The size of {Path(path).name} could not be told in the folder for temporary files: {error}. Make room there, or "
+            "set TMPDIR to another."
+        ) from error
 
 
 # -- the skeleton -----------------------------------------------------------------------------------------------------
@@ -180,9 +192,20 @@ def _save_skeleton(path: Path, skeleton: Any) -> list[tuple[PiecePath, Tensor]]:
             return type(value)(blank(item, (*keys, number)) for number, item in enumerate(value))
         return value
 
-    with FakeTensorMode(), torch.serialization.skip_data(materialize_fake_tensors=True):
+    with FakeTensorMode(), torch.serialization.skip_data(materialize_fake_tensors=True), write_errors(path):
         torch.save(blank(skeleton, ()), path)
     return pickled
+
+
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """What torch's writer says of a disk that takes no more, as the error that it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise OSError(errno.EIO, f"torch could not write it whole (is the disk full?): {error}", str(path)) from error
 
 
 # -- the zip ----------------------------------------------------------------------------------------------------------

@@ -8,22 +8,28 @@ whose loading or saving cannot be followed.
 from __future__ import annotations
 
 import copy
+import errno
 import logging
+import os
+import pickle
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig
+from safetensors import SafetensorError
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from ..errors import CheckpointError, ExactnessError, UntraceableError
 from ..growth.grow import grow
 from ..growth.plan import RECORD_KEY, GrowthPlan, GrowthRecord
-from ..growth.source import parent_name
-from ..growth.twin import build
+from ..growth.source import digest, parent_name
+from ..growth.twin import FAULTS, build
 from ..hub.facts import certify_record
 from ..hub.save import description, save_grown
 from ..version import __version__
@@ -35,9 +41,11 @@ from .safetensors_sink import SafetensorsSink
 from .safetensors_source import SafetensorsSource
 from .staging import Staging
 from .stream import GrownWeights, ParentWeights, stream_weights
+from .torch_sink import write_errors
 from .views import FileView, file_view, loaded_view
 
 FULL_MODEL = "pytorch_model_fsdp.bin"
+PICKLED = (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 Report = Callable[[int, int], None]
 logger = logging.getLogger(__name__)
 
@@ -55,6 +63,8 @@ class StreamedWeights:
     parent: ParentWeights
     grown: GrownWeights
     view: FileView
+    generation: GenerationConfig | None
+    _digest: str | None = field(default=None, init=False)
 
     @classmethod
     def open(
@@ -76,10 +86,11 @@ class StreamedWeights:
             parent = ParentWeights(source, loaded)
             grown = GrownWeights(plan, parent)
             view = file_view(plan.model_class, plan.target_config, grown.dtypes())
+            generation = _generation_config(plan, folder)
         except BaseException:
             source.close()
             raise
-        return cls(plan, folder, revision, max_shard_size, source, loaded, parent, grown, view)
+        return cls(plan, folder, revision, max_shard_size, source, loaded, parent, grown, view, generation)
 
     @property
     def _tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -119,6 +130,12 @@ class StreamedWeights:
         of_parent = {source for name in of_child for source in self.loaded[self.plan.source_name(name)].sources}
         return frozenset(self.source.tensors[name].file for name in of_parent)
 
+    def digest(self, pieces: Pieces) -> str:
+        """sha256 over the parent's tensors, which is read whole the first time."""
+        if self._digest is None:
+            self._digest = self.parent.digest(pieces.block)
+        return self._digest
+
     def write(self, staging: Staging, pieces: Pieces, progress: Report, other_nbytes: int) -> GrowthRecord:
         """Write weights, config and card; the record of the growth.
 
@@ -148,6 +165,9 @@ class StreamedWeights:
         )
         done = sum(file.nbytes for file, shard in zip(self.layout.files, sink.shards, strict=True) if shard.done)
         total = self.nbytes + other_nbytes
+        if kept := sum(shard.done for shard in sink.shards):
+            logger.info("Going on after %d of %d files, which an earlier run finished.", kept, len(sink.shards))
+        progress(done, total)
 
         def written(nbytes: int) -> None:
             nonlocal done
@@ -160,7 +180,7 @@ class StreamedWeights:
             shards.expect(todo)
         with sink, ThreadPoolExecutor(1) as beside:
             # It reads all tensors by their names: of files that come one by one, the commit in the record says as much.
-            digest = None if shards is not None else beside.submit(self.parent.digest, pieces.block)
+            digested = None if shards is not None else beside.submit(self.digest, pieces)
             stream_weights(
                 self.grown,
                 self.view.tensors,
@@ -171,11 +191,12 @@ class StreamedWeights:
                 progress=written,
             )
             sink.finish()
-            config = self._config(digest.result() if digest else None)
+            progress(self.nbytes, total)  # headers and index too
+            config = self._config(digested.result() if digested else None)
         self.source.check_unchanged()
         config.save_pretrained(staging.folder)
-        if (generation := self._generation_config()) is not None:
-            generation.save_pretrained(staging.folder)
+        if self.generation is not None:
+            self.generation.save_pretrained(staging.folder)
         files: dict[str, dict[str, str | int]] = {
             name: {"size": file.size, "sha256": file.sha256} for name, file in staging.finished.items()
         }
@@ -195,14 +216,6 @@ class StreamedWeights:
         config.dtype = str(dtype).removeprefix("torch.")
         return config
 
-    def _generation_config(self) -> GenerationConfig | None:
-        """What a loaded parent would hand on."""
-        if not self.plan.model_class.can_generate():
-            return None
-        if (self.folder / "generation_config.json").is_file():
-            return GenerationConfig.from_pretrained(self.folder)
-        return build(self.plan.model_class, self.plan.source_config, "meta").generation_config
-
     def close(self) -> None:
         """Close the parent's files."""
         self.source.close()
@@ -210,12 +223,17 @@ class StreamedWeights:
 
 @dataclass
 class LoadedWeights:
-    """Weights that are grown in memory, parent and child together."""
+    """Weights that are grown in memory, parent and child together.
+
+    Args:
+        computed: whether the class may compute tensors that its files lack.
+    """
 
     plan: GrowthPlan
     folder: Path
     revision: str | None
     max_shard_size: str | int
+    computed: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -229,19 +247,45 @@ class LoadedWeights:
             self.plan.output_bytes + self.plan.parameters_before * self.plan.output_bytes // self.plan.parameters_after
         )
 
+    def digest(self, pieces: Pieces) -> str:
+        """sha256 over the parent's tensors, which is loaded."""
+        return digest(self.plan.model_class.from_pretrained(self.folder))
+
     def write(self, staging: Staging, pieces: Pieces, progress: Report, other_nbytes: int) -> GrowthRecord:
         """Write weights, config and card; the record of the growth."""
         staging.begin("loaded whole")
         staging.check_room(self.nbytes + other_nbytes)
-        parent = self.plan.model_class.from_pretrained(self.folder)
+        parent = self._parent()
         parent.config._name_or_path = self.plan.source_config._name_or_path
         child = grow(parent, self.plan.growth_config)
         del parent
-        save_grown(child, staging.folder, max_shard_size=self.max_shard_size)
+        try:
+            save_grown(child, staging.folder, max_shard_size=self.max_shard_size)
+        except SafetensorError as error:
+            raise OSError(errno.EIO, str(error), SINGLE_NAME) from error
         if (self.folder / FULL_MODEL).is_file():
-            torch.save(child.state_dict(), staging.folder / FULL_MODEL)
+            with write_errors(staging.folder / FULL_MODEL):
+                torch.save(child.state_dict(), staging.folder / FULL_MODEL)
         progress(self.nbytes, self.nbytes + other_nbytes)
         return GrowthRecord.all_of(child.config)[-1]
+
+    def _parent(self) -> PreTrainedModel:
+        model_class = self.plan.model_class
+        try:
+            parent, report = model_class.from_pretrained(self.folder, output_loading_info=True)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"The pickled weights in {self.folder} are damaged, or hold more than plain tensors; nothing of them was run."
+            ) from error
+        except (*FAULTS, EOFError) as error:
+            words = " ".join(str(error).split())
+            raise CheckpointError(
+                f"{model_class.__name__} cannot be loaded from {self.folder}: {type(error).__name__}: {words}"
+            ) from error
+        lacking = sorted(set(report["missing_keys"]) & {name for name, _ in parent.named_parameters()})
+        if lacking and not self.computed:
+            raise CheckpointError(f"The files lack {len(lacking)} tensors of {model_class.__name__}: {lacking}.")
+        return parent
 
     def close(self) -> None:
         """Nothing is open."""
@@ -272,7 +316,34 @@ def whole_weights(
         if shards is not None:
             raise UntraceableError(f"{error} So it is grown in memory: leave low_disk out.") from error
         logger.warning("%s is grown in memory: %s", plan.model_class.__name__, error)
-        return loaded
+        return replace(loaded, computed=True)
+
+
+def check_weights(folder: Path) -> None:
+    """Raise `CheckpointError` where a folder has no weights of any kind that is read."""
+    if not any(os.path.lexists(folder / name) for name in (SINGLE_NAME, INDEX_NAME, FULL_MODEL, *PICKLED)):
+        SafetensorsSource(folder)
+
+
+def _generation_config(plan: GrowthPlan, folder: Path) -> GenerationConfig | None:
+    """What a loaded parent would hand on.
+
+    Raises:
+        CheckpointError: it is damaged, or transformers would not save it.
+    """
+    if not plan.model_class.can_generate():
+        return None
+    if not (folder / GENERATION_CONFIG_NAME).is_file():
+        return build(plan.model_class, plan.source_config, "meta").generation_config
+    try:
+        generation = GenerationConfig.from_pretrained(folder)
+        with tempfile.TemporaryDirectory() as nowhere:
+            generation.save_pretrained(nowhere)
+    except FAULTS as error:
+        raise CheckpointError(
+            f"{GENERATION_CONFIG_NAME} in {folder} cannot be used: {type(error).__name__}: {error}"
+        ) from error
+    return generation
 
 
 def has_safetensors(folder: Path) -> bool:

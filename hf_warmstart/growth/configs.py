@@ -25,9 +25,16 @@ COUNTS_LAYERS = r".*(layers?|depth|num_blocks|layers_per_stack)"
 
 
 def config_dtype(config: PreTrainedConfig) -> torch.dtype | None:
-    """A config's dtype; files and some trainers leave it as a string."""
-    dtype = config.dtype
-    return getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    """A config's dtype; files and some trainers leave it as a string.
+
+    Raises:
+        WarmstartError: torch has none of that name.
+    """
+    named = config.dtype
+    dtype = getattr(torch, named.removeprefix("torch."), None) if isinstance(named, str) else named
+    if named is not None and not isinstance(dtype, torch.dtype):
+        raise WarmstartError(f"The config's dtype {named!r} is none of torch's. Pass one such as 'bfloat16'.")
+    return dtype
 
 
 def standard_name(config: PreTrainedConfig, attribute: str) -> str:
@@ -244,9 +251,11 @@ def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that a config names under `architectures`, else the class for causal language modelling."""
     import transformers
 
-    for name in config.architectures or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
+    named = config.architectures or ()
+    for name in named if isinstance(named, (list, tuple)) else ():
+        found = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     raise WarmstartError(

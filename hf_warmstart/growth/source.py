@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
@@ -12,7 +16,13 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from ..errors import WarmstartError
-from .configs import model_class_of
+from .configs import COUNTS_LAYERS, model_class_of
+from .twin import FAULTS
+
+# Of these a config makes lists and modules, one for each, before anything can be compared with its weights.
+COUNTS = re.compile(rf"{COUNTS_LAYERS}|num_labels")
+MAX_COUNT = 100_000
+MAX_CONFIG_BYTES, MAX_NESTING = 50_000_000, 100
 
 
 def class_and_config(
@@ -22,19 +32,60 @@ def class_and_config(
     if isinstance(source, PreTrainedConfig):
         return model_class_of(source), source
     if isinstance(source, (str, os.PathLike)):
-        try:
-            config = AutoConfig.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            advice = ""
-            if Path(source).is_dir() and not Path(source, CONFIG_NAME).exists():
-                advice = (
-                    f" Put the model's {CONFIG_NAME} there (model.config.save_pretrained(folder)): a Trainer that saves in "
-                    "shards leaves it out."
-                )
-            raise WarmstartError(f"No model config could be read from {str(source)!r}: {error}{advice}") from error
+        config = read_config(source)
         return model_class_of(config), config
     check_model(source)
     return type(source), source.config
+
+
+def read_config(source: str | os.PathLike) -> PreTrainedConfig:
+    """The config in a folder or of a Hub id. No code of theirs is run, and nobody is asked whether it may.
+
+    Raises:
+        WarmstartError: there is none, or transformers cannot read it; its own words are kept.
+    """
+    try:
+        _check_file(Path(source, CONFIG_NAME))
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except FAULTS as error:
+        advice = ""
+        if Path(source).is_dir() and not Path(source, CONFIG_NAME).exists():
+            advice = (
+                f" Put the model's {CONFIG_NAME} there (model.config.save_pretrained(folder)): a Trainer that saves in "
+                "shards leaves it out."
+            )
+        elif "trust_remote_code" in str(error):
+            advice = " No code from a checkpoint is run here: load the model as you trust it, and pass it to grow()."
+        words = f"{error}" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
+        raise WarmstartError(f"No model config could be read from {str(source)!r}: {words}{advice}") from error
+
+
+def _check_file(path: Path) -> None:
+    """Refuse a config of which transformers would make more than a machine holds, or that it would not survive."""
+    if not path.is_file():
+        return
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise WarmstartError(f"{path.name} has {path.stat().st_size} bytes, which no config has.")
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(data, dict):
+        raise WarmstartError(f"{path.name} holds no JSON object.")
+    for key, value, depth in _entries(data):
+        if depth > MAX_NESTING:
+            raise WarmstartError(f"{path.name} is nested more than {MAX_NESTING} deep.")
+        if isinstance(value, int) and value > MAX_COUNT and COUNTS.fullmatch(key):
+            raise WarmstartError(f"{path.name} has {key}={value}, and at most {MAX_COUNT} can be.")
+
+
+def _entries(data: dict[str, Any]) -> Iterator[tuple[str, Any, int]]:
+    """All values of a JSON object with their keys, and how deep they lie."""
+    todo: list[tuple[str, Any, int]] = [("", data, 0)]
+    while todo:
+        key, value, depth = todo.pop()
+        yield key, value, depth
+        if isinstance(value, dict):
+            todo += [(name, inner, depth + 1) for name, inner in value.items()]
+        elif isinstance(value, list):
+            todo += [(key, inner, depth + 1) for inner in value]
 
 
 def check_model(model: object) -> None:

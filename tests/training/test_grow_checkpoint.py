@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, Trainer
 
 from hf_warmstart import WarmstartError, grow, grow_checkpoint
+from hf_warmstart.errors import CheckpointError
 
 from ..models import some_tokens, tiny_model
 from .conftest import blocks, losses, stock_trainer, warmstart_trainer
@@ -228,7 +229,7 @@ def test_a_fault_leaves_nothing_under_the_targets_name(base, tmp_path, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("hf_warmstart.checkpoints.whole_weights.stream_weights", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(CheckpointError, match="No space"):
         grow_checkpoint(base, tmp_path / "out" / "grown", width=2)
     assert list((tmp_path / "out").iterdir()) == []
 
