@@ -328,6 +328,17 @@ def test_small_files_are_checked_by_gits_own_sum(use_hub, models, tmp_path):
                 remote.read_rows(last)
 
 
+def test_room_and_traffic_follow_from_what_each_output_file_needs(hub, tmp_path):
+    with HubShards(HubRepository.find(REPO), tmp_path / "store") as remote:
+        sizes = {name: file.size for name, file in remote.repository.files.items()}
+        a, b, c, *_ = sizes
+        for needs, fetched in [([a, b, a], [a, b]), ([a, b, c, a], [a, b, c, a]), ([], [])]:
+            each = [frozenset({name}) for name in needs]
+            assert remote.traffic(each) == sum(sizes[name] for name in fetched)
+            pairs = zip(needs, needs[1:], strict=False)
+            assert remote.room(each) == max((sizes[one] + sizes[two] for one, two in pairs), default=0)
+
+
 def test_room_is_asked_for_the_files_that_are_fetched(hub, tmp_path, monkeypatch):
     growth = prepare_growth(REPO, tmp_path / "grown", low_disk=True, **GROWTH)
     needed = growth.output_bytes + growth.fetched_bytes[1]
