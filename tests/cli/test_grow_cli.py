@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from hf_warmstart import GrowthConfig, GrowthRecord, grow_checkpoint
+from hf_warmstart.checkpoints import memory
 from hf_warmstart.checkpoints.records import last_record
 from hf_warmstart.cli import grow, main, make_parser, progress, verify
 
@@ -202,9 +204,26 @@ def test_bad_input_is_one_message_and_exit_code_2(parent, grown, target, tmp_pat
 # -- growing again from a record --------------------------------------------------------------------------------------
 
 
-def test_a_record_makes_the_same_bytes_in_another_process_with_other_threads(once, parent, grown, target):
-    """And what it prints is plain where nobody looks."""
+def test_a_record_makes_the_same_bytes_with_other_threads_and_blocks(parent, grown, target, capsys, monkeypatch):
     assert last_record(grown).parent_digest is not None
+    monkeypatch.setattr(memory, "BLOCK", 5000)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        command = ["grow", parent, target, "--record", grown, "--max-shard-size", SHARD, "--threads", "3"]
+        assert main(command) == 0
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    out, err = capsys.readouterr()
+    assert out.endswith(f" The files have the sha256 that {grown} lists.\n") and out.count("\n") == 1
+    assert err == "" and "\x1b" not in out
+    assert weights_in(target) == weights_in(grown)
+
+
+@pytest.mark.slow
+def test_a_record_makes_the_same_bytes_in_another_process_with_other_threads(parent, grown, target):
+    """And what it prints is plain where nobody looks."""
     command = [sys.executable, "-m", "hf_warmstart.cli", "grow", parent, target, "--record", grown]
     command += ["--max-shard-size", SHARD, "--threads", "3", "--max-memory", "2GB"]
     environment = os.environ | {"OMP_NUM_THREADS": "3", "HF_HUB_OFFLINE": "1"}
