@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from hf_warmstart import GrowthConfig, GrowthRecord, grow_checkpoint
-from hf_warmstart.checkpoints import memory
+from hf_warmstart.checkpoints import grow_checkpoint as grow_checkpoint_module
+from hf_warmstart.checkpoints.memory import Pieces
 from hf_warmstart.checkpoints.records import last_record
 from hf_warmstart.cli import grow, main, make_parser, progress, verify
 
@@ -206,7 +207,7 @@ def test_bad_input_is_one_message_and_exit_code_2(parent, grown, target, tmp_pat
 
 def test_a_record_makes_the_same_bytes_with_other_threads_and_blocks(parent, grown, target, capsys, monkeypatch):
     assert last_record(grown).parent_digest is not None
-    monkeypatch.setattr(memory, "BLOCK", 5000)
+    monkeypatch.setattr(grow_checkpoint_module, "pieces", lambda *asked: Pieces(3, block=5000))
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
