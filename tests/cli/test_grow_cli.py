@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -9,13 +10,15 @@ import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from hf_warmstart import GrowthConfig, GrowthRecord, grow_checkpoint
+from hf_warmstart import GrowthConfig, GrowthRecord, WarmstartError, grow_checkpoint
 from hf_warmstart.checkpoints import grow_checkpoint as grow_checkpoint_module
+from hf_warmstart.checkpoints.grow_checkpoint import prepare_growth
 from hf_warmstart.checkpoints.memory import Pieces
 from hf_warmstart.checkpoints.records import last_record
 from hf_warmstart.cli import grow, main, make_parser, progress, verify
@@ -180,7 +183,7 @@ def test_a_stopped_run_says_so_and_the_next_one_what_it_goes_on_from(parent, gro
         (["PARENT", "TARGET", "--width", "2", "--revision", "main"], "revision='main' is of a Hub id; "),
         (["PARENT", "TARGET", "--width", "2", "--threads", "0"], "threads=0 compute nothing"),
         (["PARENT", "TARGET", "--width", "2", "--max-memory", "much"], "max_memory='much' is no size"),
-        (["PARENT", "TARGET", "--width", "2", "--max-shard-size", "5XB"], "max_shard_size '5XB' is no size"),
+        (["PARENT", "TARGET", "--width", "2", "--max-shard-size", "5XB"], "max_shard_size='5XB' is no size"),
         (["PARENT", "TARGET", "--width", "1.3"], "width"),
         (["PARENT", "PARENT", "--width", "2"], "is not empty. Pass a new folder"),
         (["nowhere/at-all", "TARGET", "--width", "2"], "'nowhere/at-all' is no folder"),
@@ -268,6 +271,20 @@ def test_a_dry_run_of_a_record_reads_the_parent(parent, grown, target, tmp_path,
     assert main(["grow", str(changed), target, "--record", grown, "--dry-run"]) == 2
     assert "its tensors have the sha256" in capsys.readouterr().err
     assert not Path(target).parent.exists()
+
+
+def test_without_a_digest_commits_are_compared(parent, grown, target, caplog):
+    record = last_record(grown)
+    growth = prepare_growth(parent, target, GrowthConfig.from_dict(record.growth_config))
+    with contextlib.closing(growth):
+        growth.check_parent(replace(record, parent_digest=None, revision="e" * 40))
+        assert "is not known" in caplog.text
+        growth.weights.revision = "e" * 40
+        caplog.clear()
+        growth.check_parent(replace(record, parent_digest=None, revision="e" * 40))
+        assert caplog.text == ""
+        with pytest.raises(WarmstartError, match="its commit is e+, not f+. .*, revision f+"):
+            growth.check_parent(replace(record, parent_digest=None, revision="f" * 40))
 
 
 # -- verify -----------------------------------------------------------------------------------------------------------
