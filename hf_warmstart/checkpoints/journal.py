@@ -91,6 +91,7 @@ class Journal:
     def append(self, name: str, file: FinishedFile) -> None:
         """Add a finished file, itself already synced."""
         self._write({"file": name, "size": file.size, "sha256": file.sha256})
+        self.finished[name] = file
 
     def _write(self, entry: dict[str, str | int]) -> None:
         line = json.dumps(entry).encode() + b"\n"
