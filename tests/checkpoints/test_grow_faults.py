@@ -37,6 +37,7 @@ from .growths import GROWTH, bytes_below, do_not_certify, make_checkpoint
 
 ROOT = Path(__file__).parents[2]
 INDEX = "model.safetensors.index.json"
+SLOW = pytest.mark.slow
 Change = Callable[[Path], object]
 
 
@@ -108,7 +109,7 @@ def test_growths_that_are_killed_run_again_to_the_same_bytes(tmp_path):
     assert sum(outcome["kept"]) > 0, outcome
 
 
-@pytest.mark.slow
+@SLOW
 def test_growths_that_are_killed_at_fifty_points_run_again_to_the_same_bytes(tmp_path):
     outcome = run_killed(tmp_path, 50, seed=1)
     assert outcome["faults"] == [] and outcome["killed"] >= 40, outcome
@@ -129,6 +130,10 @@ def largest_file(nbytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+def shards_in(whole: dict[str, bytes]) -> set[str]:
+    return {name for name in whole if name.endswith(".safetensors")}
+
+
 def finishes(source: Path, target: Path, whole: dict[str, bytes]) -> set[str]:
     """Run after a fault to the end; the files that were kept from the run before."""
     journal = journal_path(target)
@@ -146,8 +151,7 @@ def finishes(source: Path, target: Path, whole: dict[str, bytes]) -> set[str]:
 def test_a_disk_that_fills_up_under_the_state_keeps_the_weights(source, target, whole, monkeypatch):
     """The state's file is larger than any file of weights; of its size nothing is known beforehand."""
     monkeypatch.setattr(training_files.TrainingFiles, "nbytes", 0)
-    shards = {name for name in whole if name.endswith(".safetensors")}
-    largest = max(len(whole[name]) for name in shards)
+    largest = max(len(whole[name]) for name in shards_in(whole))
     assert len(whole["optimizer.pt"]) > largest
     with (
         largest_file(largest + 1),
@@ -155,7 +159,7 @@ def test_a_disk_that_fills_up_under_the_state_keeps_the_weights(source, target, 
     ):
         grow_checkpoint(source, target, **GROWTH)
     assert not target.exists()
-    assert finishes(source, target, whole) == shards
+    assert finishes(source, target, whole) == shards_in(whole)
 
 
 def test_a_disk_that_fills_up_under_the_weights_keeps_what_is_finished(source, target, whole, monkeypatch):
@@ -170,6 +174,7 @@ def test_a_disk_that_fills_up_under_the_weights_keeps_what_is_finished(source, t
     assert 0 < len(finishes(source, target, whole)) < len(sizes)
 
 
+@SLOW
 def test_a_small_disk_fills_up_and_with_room_the_growth_goes_on(source, tmp_path, whole, monkeypatch):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -205,7 +210,14 @@ def test_a_disk_without_room_is_told_before_the_first_byte(source, target, monke
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "generation_config.json", "growth.json", "trainer_state.json", "tokenizer"]
+    "name",
+    [
+        "growth.json",
+        *(
+            pytest.param(name, marks=SLOW)
+            for name in ("config.json", "generation_config", "trainer_state", "tokenizer")
+        ),
+    ],
 )
 def test_small_files_that_cannot_be_written_are_told_too(name, source, target, whole, monkeypatch):
     real = open
@@ -222,7 +234,7 @@ def test_small_files_that_cannot_be_written_are_told_too(name, source, target, w
         with pytest.raises(CheckpointError, match=f"No space left on device .*{name}.*The target is untouched"):
             grow_checkpoint(source, target, **GROWTH)
     assert not target.exists()
-    assert len(finishes(source, target, whole)) == 5
+    assert finishes(source, target, whole) == shards_in(whole)
 
 
 def test_shards_of_a_sharded_checkpoint_that_cannot_be_written_are_told(tmp_path):
@@ -231,6 +243,7 @@ def test_shards_of_a_sharded_checkpoint_that_cannot_be_written_are_told(tmp_path
         save_sharded({"model": {"weight": made}}, tmp_path / "shards", None)
 
 
+@SLOW
 def test_pickled_weights_that_cannot_be_written_are_told(source, target, monkeypatch):
     only_pickled(source, LlamaForCausalLM.from_pretrained(source).state_dict())
     for name in ("optimizer.pt", "trainer_state.json"):
@@ -320,7 +333,7 @@ READ = {
         edit("config.json", vocab_size=96),
         "The files do not fit LlamaForCausalLM: they give lm_head.weight of",
     ),
-    "more layers": (edit("config.json", num_hidden_layers=3), "files lack .*model.layers.2.mlp"),
+    "more layers": (edit("config.json", num_hidden_layers=2), "files lack .*model.layers.1.mlp"),
     "many layers": (edit("config.json", num_hidden_layers=90_000), "They do not belong together"),
     "endless layers": (edit("config.json", num_hidden_layers=10**9), "at most 100000 can be"),
     "endless labels": (edit("config.json", num_labels=10**9), "at most 100000 can be"),
@@ -370,7 +383,7 @@ def test_all_that_is_wrong_with_the_files_is_told_at_once(source, target):
 
 def test_all_missing_tensors_and_wrong_shapes_are_told_at_once(source, target):
     """Here files and index agree, and it is the model that they do not fit."""
-    gone, wrong = "model.layers.1.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"
+    gone, wrong = "model.layers.0.mlp.down_proj.weight", "model.layers.0.mlp.up_proj.weight"
     for path in shards_of(source):
         resave(
             path,
@@ -381,7 +394,7 @@ def test_all_missing_tensors_and_wrong_shapes_are_told_at_once(source, target):
     assert gone in message and f"{wrong} of (3, 16) for (24, 16)" in message
 
 
-@pytest.mark.parametrize("after", [0, 2, 30, 60])
+@pytest.mark.parametrize("after", [0, 2, 20, pytest.param(30, marks=SLOW), pytest.param(40, marks=SLOW)])
 def test_errors_of_the_disk_that_is_read_are_told(after, source, target, monkeypatch):
     real, calls = os.preadv, [0]
 
@@ -395,6 +408,7 @@ def test_errors_of_the_disk_that_is_read_are_told(after, source, target, monkeyp
     refused(source, target, "Input/output error", max_shard_size="5GB")
 
 
+@SLOW
 def test_an_optimizer_that_cannot_be_read_any_more_leaves_the_weights(source, target, whole, monkeypatch):
     real = os.preadv
 
@@ -414,7 +428,7 @@ def test_an_optimizer_that_cannot_be_read_any_more_leaves_the_weights(source, ta
         patched.setattr(training_files, "write_optimizer", from_here)
         with pytest.raises(StateError, match="optimizer.pt cannot be read .*Input/output error"):
             grow_checkpoint(source, target, **GROWTH)
-    assert not target.exists() and len(finishes(source, target, whole)) == 5
+    assert not target.exists() and finishes(source, target, whole) == shards_in(whole)
 
 
 def rewrite(path: Path) -> None:
@@ -499,7 +513,7 @@ def test_plain_pickled_weights_are_grown_in_memory(source, target, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda state: {name: t for name, t in state.items() if "up_proj" not in name}, "lack 2 tensors of .*up_proj"),
+        (lambda state: {name: t for name, t in state.items() if "up_proj" not in name}, "lack 1 tensors of .*up_proj"),
         (lambda state: {**state, "lm_head.weight": torch.zeros(3, 3)}, "cannot be loaded from .*"),
         (lambda state: [torch.zeros(9999)], "cannot be loaded from"),
     ],
@@ -581,7 +595,7 @@ def test_two_runs_on_one_target_are_one_run_and_an_error(source, target, whole, 
     assert outcome and bytes_below(target) == whole and list(target.parent.iterdir()) == [target]
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", ["before", pytest.param("after", marks=SLOW)])
 def test_a_target_that_appears_meanwhile_stays_as_it_is(when, source, target, whole, monkeypatch):
     """After everything was checked, or when all is written but the name."""
     growth = prepare_growth(source, target, **GROWTH)
@@ -602,7 +616,7 @@ def test_a_target_that_appears_meanwhile_stays_as_it_is(when, source, target, wh
         monkeypatch.undo()
         do_not_certify(monkeypatch)
         shutil.rmtree(target)
-        assert len(finishes(source, target, whole)) == 5
+        assert finishes(source, target, whole) == shards_in(whole)
 
 
 def test_targets_that_meet_the_source_are_refused(source, target, tmp_path):
