@@ -112,7 +112,7 @@ def test_growths_that_are_killed_run_again_to_the_same_bytes(tmp_path):
 @SLOW
 def test_growths_that_are_killed_at_fifty_points_run_again_to_the_same_bytes(tmp_path):
     outcome = run_killed(tmp_path, 50, seed=1)
-    assert outcome["faults"] == [] and outcome["killed"] >= 40, outcome
+    assert outcome["faults"] == [] and outcome["killed"] >= 35, outcome
     assert sum(kept > 0 for kept in outcome["kept"]) >= 5, outcome
 
 
