@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from ..growth.source import class_and_config
 from ..growth.state import check_state_policy
 from ..hub.save import CARD_NAME, GROWTH_NAME
 from .fetch import local_folder
+from .low_disk import HubRepository, HubShards
 from .memory import Pieces, anonymous_memory, bytes_of, pieces
 from .parent_state import GROWN_NAME, SCHEDULER_NAMES
 from .plausible import check_size
@@ -90,6 +92,11 @@ class CheckpointGrowth:
         return weights + self._state_bytes
 
     @property
+    def fetched_bytes(self) -> tuple[int, int]:
+        """Bytes that `low_disk` fetches, in all and the most on the disk at once; zeros without it."""
+        return self.weights.fetched_nbytes if isinstance(self.weights, StreamedWeights) else (0, 0)
+
+    @property
     def _state_bytes(self) -> int:
         return 0 if self.training is None else self.training.nbytes
 
@@ -97,6 +104,23 @@ class CheckpointGrowth:
     def peak_memory_bytes(self) -> int:
         """The most anonymous memory that this process will have, in bytes: what it has now, and the pieces."""
         return anonymous_memory() + self.pieces.peak
+
+    def check_parent(self, record: GrowthRecord) -> None:
+        """Read the whole parent, and compare it with a record of its growth.
+
+        Raises:
+            CheckpointError: its tensors are not those that were grown.
+        """
+        if record.parent_digest is None or isinstance(self.weights, ShardedWeights):
+            logger.warning(
+                "Shards, and their records, have no digest: whether this is the record's parent is not known."
+            )
+        elif (found := self.weights.digest(self.pieces)) != record.parent_digest:
+            raise CheckpointError(
+                f"{self.folder} is not the parent that the record tells of: its tensors have the sha256 {found}, not "
+                f"{record.parent_digest}. Pass the parent as it was when it was grown"
+                + (f": {record.parent}, revision {record.revision}." if record.revision else ".")
+            )
 
     def run(self, progress: Callable[[int, int], None] = _no_report) -> GrowthRecord:
         """Grow; every rank takes part.
@@ -174,6 +198,7 @@ def prepare_growth(
     max_memory: str | int | None = None,
     threads: int | None = None,
     revision: str | None = None,
+    low_disk: bool = False,
     **options: Any,
 ) -> CheckpointGrowth:
     """Check everything that can be checked of a growth, and say what it will take; nothing is written.
@@ -185,25 +210,28 @@ def prepare_growth(
     pieces(max_memory, threads)  # what cannot be is told before anything is read
     target = _checked_target(output_dir)
     asked = GrowthConfig.of(growth_config, options)
-    folder = local_folder(source, revision)
+    repository = HubRepository.find(str(source), revision) if low_disk else None
+    folder = repository.folder if repository else local_folder(source, revision)
+    shards = partial(HubShards, repository, target.parent / f".{target.name}.fetched") if repository else None
     _check_apart(target, folder)
     model_class, config = class_and_config(folder)
     _check_records(config)
     commit = None
     if folder != Path(source):
         config._name_or_path, commit = str(source), folder.name
-    refuse_quantised(config, folder)
+    refuse_quantised(config, folder, shards)
     sharded = is_sharded(folder / SHARDED_MODEL)
-    if not sharded:
-        check_weights(folder)
-    check_size(model_class, config, folder)
+    if shards is None:
+        if not sharded:
+            check_weights(folder)
+        check_size(model_class, config, folder)
     plan = make_plan(model_class, config, asked)
     with ExitStack() as opened:
         weights: StreamedWeights | LoadedWeights | ShardedWeights
         if sharded:
             weights, sizes = ShardedWeights(plan, folder), pieces(None, threads)
         else:
-            weights = whole_weights(plan, folder, commit, shard_bytes)
+            weights = whole_weights(plan, folder, commit, shard_bytes, shards)
             opened.callback(weights.close)
             sizes = pieces(max_memory, threads, weights.floor)
         training = TrainingFiles.of(folder, plan, state_policy)
@@ -261,6 +289,7 @@ def grow_checkpoint(
     max_memory: str | int | None = None,
     threads: int | None = None,
     revision: str | None = None,
+    low_disk: bool = False,
     progress: Callable[[int, int], None] = _no_report,
     **options: Any,
 ) -> GrowthRecord:
@@ -279,6 +308,9 @@ def grow_checkpoint(
             has already included. By default pieces of some megabytes, whatever the model's size.
         threads (`int`, *optional*): that compute; one for each processor by default. The bytes do not depend on it.
         revision (`str`, *optional*): branch, tag or commit of a Hub id; the record keeps the commit.
+        low_disk (`bool`, defaults to `False`): of a Hub id, fetch a file of weights when it is needed and drop it again, rather
+            than keep all in the Hub's cache: beside the new folder lie the few files that two of its own are made of. The
+            record then names the parent by its commit alone, without a digest of its tensors.
         progress: called with the bytes that are written, and of how many.
         **options: fields of `GrowthConfig`, or sizes by their transformers names.
 
@@ -303,6 +335,7 @@ def grow_checkpoint(
         max_memory=max_memory,
         threads=threads,
         revision=revision,
+        low_disk=low_disk,
         **options,
     )
     try:

@@ -35,7 +35,7 @@ class Journal:
 
     Attributes:
         fingerprint: of the run that began it; None in a new journal.
-        finished: name -> `FinishedFile`, of that run.
+        finished: name -> `FinishedFile`, of that run and those that went on from it.
 
     Raises:
         CheckpointError: another run holds it, or the file system has no locks.

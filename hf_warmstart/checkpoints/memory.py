@@ -62,7 +62,7 @@ def pieces(max_memory: str | int | None, threads: int | None, floor: int = 0) ->
     """
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise WarmstartError(f"threads={threads!r} compute nothing. Pass a whole number, 1 or more.")
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or processors()
     made = Pieces(threads, floor=floor)
     if max_memory is None:
         return made
@@ -85,6 +85,11 @@ def pieces(max_memory: str | int | None, threads: int | None, floor: int = 0) ->
             )
         made = smaller
     return made
+
+
+def processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def anonymous_memory() -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -54,7 +54,7 @@ class SafetensorsSource:
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(os.path.realpath(folder))
         self.tensors: Mapping[str, FileTensor] = {}
-        self._files: dict[str, _File] = {}
+        self._files: dict[str, OpenFile] = {}
         with ExitStack() as opened:
             self._open(opened)
             self._stack = opened.pop_all()
@@ -66,13 +66,12 @@ class SafetensorsSource:
         index = self._read_index(opened)
         for file in sorted(set(index.values())) if index is not None else [SINGLE_NAME]:
             try:
-                self._files[file] = self._open_file(file, opened)
-                header = _header_of(self._files[file])
-            except _Fault as fault:
+                size, stamp, header = self._header(file, opened)
+            except Fault as fault:
                 problems.append(f"{short(file)}: {fault}.")
                 continue
-            digest.update(repr((file, self._files[file].size, self._files[file].modified, header)).encode())
-            data_nbytes = self._files[file].size - LENGTH_BYTES - len(header)
+            digest.update(repr((file, size, stamp, header)).encode())
+            data_nbytes = size - LENGTH_BYTES - len(header)
             places, faults = parse_header(header, file, data_nbytes)
             problems += [f"{short(file)}: {fault}." for fault in faults]
             if not faults:
@@ -146,8 +145,8 @@ class SafetensorsSource:
         view = memoryview(made.detach().reshape(-1).view(torch.uint8).numpy())
         at = place.offset + start * place.dtype.itemsize
         try:
-            _read_into(self._files[place.file], view, at)
-        except _Fault as fault:
+            _read_into(self._file(place.file), view, at)
+        except Fault as fault:
             raise CheckpointError(
                 f"Tensor {short(name)} could not be read from {self.folder / place.file}: {fault}."
             ) from fault
@@ -179,54 +178,45 @@ class SafetensorsSource:
 
     # -- opening ------------------------------------------------------------------------------------------------------
 
+    def _header(self, file: str, opened: ExitStack) -> tuple[int, object, bytes]:
+        """Open a file of weights: its size, what changes when it is written, and the JSON at its beginning."""
+        found = self._files[file] = open_file(self.folder, file, opened)
+        return found.size, found.modified, header_of(found)
+
+    def _file(self, name: str) -> OpenFile:
+        """A file of weights, to be read."""
+        return self._files[name]
+
+    def _has(self, name: str) -> bool:
+        """Whether there is a file of a name, or something in its place."""
+        return os.path.lexists(self.folder / name)
+
     def _read_index(self, opened: ExitStack) -> dict[str, str] | None:
         """Tensor -> file, from the index; None where there is one file, which goes first, as for `from_pretrained`."""
-        if os.path.lexists(self.folder / SINGLE_NAME):
+        if self._has(SINGLE_NAME):
             return None
-        if not os.path.lexists(self.folder / INDEX_NAME):
+        if not self._has(INDEX_NAME):
             raise CheckpointError(_why_nothing(self.folder))
         try:
-            file = self._files[INDEX_NAME] = self._open_file(INDEX_NAME, opened)
+            file = self._files[INDEX_NAME] = open_file(self.folder, INDEX_NAME, opened)
             if file.size > MAX_HEADER_BYTES:
-                raise _Fault(f"{file.size} bytes are more than an index has")
+                raise Fault(f"{file.size} bytes are more than an index has")
             text = bytearray(file.size)
             _read_into(file, memoryview(text), 0)
             weight_map = read_json(bytes(text).strip()).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
-                raise _Fault("it has no weight_map")
+                raise Fault("it has no weight_map")
             odd = sorted({short(name) for name in weight_map.values() if not _is_inside(name)})
             if odd:
-                raise _Fault(f"it names files that are no safetensors of this folder: {', '.join(odd[:5])}")
+                raise Fault(f"it names files that are no safetensors of this folder: {', '.join(odd[:5])}")
         except ValueError as fault:
             raise CheckpointError(
                 f"The index {self.folder / INDEX_NAME} cannot be used:", [f"{INDEX_NAME}: {fault}."]
             ) from fault
         return weight_map
 
-    def _open_file(self, name: str, opened: ExitStack) -> _File:
-        path = self.folder / name
-        with _faults():
-            if not os.path.lexists(path):
-                raise _Fault("the file is missing")
-            real = Path(os.path.realpath(path))
-            if not real.exists():
-                raise _Fault(f"a link to {real}, which is not there")
-            if leads_out(self.folder, path):
-                raise _Fault(f"a link that leads out of the folder, to {real}")
-            if not real.is_file():
-                raise _Fault("not a file")
-            # Should it have become a pipe by now, opening does not wait for a writer.
-            descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-            opened.callback(os.close, descriptor)
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise _Fault("not a file")
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        return _File(path, descriptor, status)
 
-
-class _Fault(ValueError):
+class Fault(ValueError):
     """What is wrong with one file."""
 
 
@@ -236,11 +226,13 @@ def _faults() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _Fault(error.strerror or str(error)) from error
+        raise Fault(error.strerror or str(error)) from error
 
 
 @dataclass(frozen=True)
-class _File:
+class OpenFile:
+    """A file that is read, and what it was when it was opened."""
+
     path: Path
     descriptor: int
     status: os.stat_result
@@ -261,35 +253,70 @@ class _File:
         return all(_identity(status) == _identity(self.status) for status in now)
 
 
+def open_file(folder: Path, name: str, opened: ExitStack) -> OpenFile:
+    """Open a file of a folder, which `opened` closes; a Fault where it is none, or a link that leads out."""
+    path = folder / name
+    with _faults():
+        if not os.path.lexists(path):
+            raise Fault("the file is missing")
+        real = Path(os.path.realpath(path))
+        if not real.exists():
+            raise Fault(f"a link to {real}, which is not there")
+        if leads_out(folder, path):
+            raise Fault(f"a link that leads out of the folder, to {real}")
+        if not real.is_file():
+            raise Fault("not a file")
+        # Should it have become a pipe by now, opening does not wait for a writer.
+        descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        opened.callback(os.close, descriptor)
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise Fault("not a file")
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    return OpenFile(path, descriptor, status)
+
+
 def _identity(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _read_into(file: _File, view: memoryview, at: int) -> None:
+def _read_into(file: OpenFile, view: memoryview, at: int) -> None:
     """Fill memory with a file's bytes from `at` on."""
     done = 0
     with _faults():
         while done < len(view):
             count = os.preadv(file.descriptor, [view[done:]], at + done)
             if count == 0:
-                raise _Fault(f"the file ends {len(view) - done} bytes too early; it changed while it was read")
+                raise Fault(f"the file ends {len(view) - done} bytes too early; it changed while it was read")
             done += count
 
 
-def _header_of(file: _File) -> bytes:
+def header_of(file: OpenFile) -> bytes:
     """The JSON at a file's beginning."""
-    if file.size < LENGTH_BYTES:
-        raise _Fault(f"{file.size} bytes are too few for a safetensors file (truncated?)")
-    length = bytearray(LENGTH_BYTES)
-    _read_into(file, memoryview(length), 0)
-    size = int.from_bytes(length, "little")
+
+    def read(start: int, stop: int) -> bytes:
+        found = bytearray(stop - start)
+        _read_into(file, memoryview(found), start)
+        return bytes(found)
+
+    return header_text(file.size, read)
+
+
+def header_text(nbytes: int, read: Callable[[int, int], bytes]) -> bytes:
+    """The JSON at the beginning of a file of some bytes, of which `read` gives a range.
+
+    Raises:
+        Fault: there cannot be one.
+    """
+    if nbytes < LENGTH_BYTES:
+        raise Fault(f"{nbytes} bytes are too few for a safetensors file (truncated?)")
+    size = int.from_bytes(read(0, LENGTH_BYTES), "little")
     if size > MAX_HEADER_BYTES:
-        raise _Fault(f"a header of {size} bytes is absurd; this is no safetensors file")
-    if size > file.size - LENGTH_BYTES:
-        raise _Fault(f"a header of {size} bytes does not fit into the file of {file.size} (truncated?)")
-    text = bytearray(size)
-    _read_into(file, memoryview(text), LENGTH_BYTES)
-    return bytes(text)
+        raise Fault(f"a header of {size} bytes is absurd; this is no safetensors file")
+    if size > nbytes - LENGTH_BYTES:
+        raise Fault(f"a header of {size} bytes does not fit into the file of {nbytes} (truncated?)")
+    return read(LENGTH_BYTES, LENGTH_BYTES + size)
 
 
 def _against_index(file: str, places: Mapping[str, FileTensor], index: Mapping[str, str] | None) -> list[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,6 +31,7 @@ from .safetensors_sink import SafetensorsSink
 from .safetensors_source import SafetensorsSource
 
 Made = TypeVar("Made")
+REMEMBERED = 32  # tensors whose maps are kept: more than are under way at once
 
 
 class ParentWeights:
@@ -86,7 +87,7 @@ class GrownWeights:
 
     def __init__(self, plan: GrowthPlan, parent: ParentWeights):
         self._plan, self._parent = plan, parent
-        self._growths: dict[str, tuple[TensorGrowth, Future[Totals]]] = {}
+        self._growths: OrderedDict[str, tuple[TensorGrowth, Future[Totals]]] = OrderedDict()  # the last ones asked for
         self._lock = Lock()
 
     def dtypes(self) -> dict[str, torch.dtype]:
@@ -102,6 +103,11 @@ class GrownWeights:
         start, stop, cover, cuts = rows_of_box(shape, box)
         rows = growth.weight_rows(read, start, stop, totals)
         return rows.reshape(cover)[cuts]
+
+    def prepare(self, names: Iterable[str]) -> None:
+        """Take from the parent's whole tensors what blocks of these will need."""
+        for name in names:
+            self._growth(name)
 
     def largest_piece(self) -> int:
         """Bytes of the largest row, or of the largest tensor that is not made by rows."""
@@ -119,6 +125,10 @@ class GrownWeights:
             known = self._growths.get(name)
             if known is None:
                 mine = self._growths[name] = self._plan.tensor(name), Future()
+                if len(self._growths) > REMEMBERED:
+                    self._growths.popitem(last=False)
+            else:
+                self._growths.move_to_end(name)
         if known is not None:
             return known[0], known[1].result()
         growth, totals = mine
@@ -151,17 +161,22 @@ def stream_weights(
     """
     todo = [shard for shard in sink.shards if not shard.done]
 
-    def blocks_in(names: Iterable[str]) -> Iterator[Callable[[], Tensor]]:
-        for name in names:
-            made = files[name]
-            for start, stop in blocks_of(made, block_bytes):
-                yield partial(matrix_rows, made, start, stop, grown.region)
+    def blocks_in(name: str) -> Iterator[Callable[[], Tensor]]:
+        for start, stop in blocks_of(files[name], block_bytes):
+            yield partial(matrix_rows, files[name], start, stop, grown.region)
 
-    work = (block for shard in todo for block in blocks_in(shard.layout))
-    with ahead(work, threads, window) as made:
+    def work() -> Iterator[Callable[[], Tensor | None]]:
+        names = [name for shard in todo for name in shard.layout]
+        for name, following in itertools.zip_longest(names, names[1:]):
+            if following is not None:  # so that no thread waits for it
+                yield partial(grown.prepare, files[following].sources)
+            yield from blocks_in(name)
+
+    with ahead(work(), threads, window) as results:
+        made = (rows for rows in results if rows is not None)
         for shard in todo:
             with shard.open():
-                for _ in blocks_in(shard.layout):
+                for _ in itertools.chain.from_iterable(map(blocks_in, shard.layout)):
                     rows = next(made)
                     shard.write(rows)
                     progress(rows.nbytes)

@@ -1,7 +1,8 @@
 """`verify`: is a folder what its record says: the growth of that parent, byte for byte?
 
-Three checks, each without a model: the sha256 of every file of weights against `growth.json`, the parent's digest against
-the record, and blocks of rows made anew from the parent and compared with those in the folder; a sample, or all of them.
+Four checks, none of which builds a model: the sha256 of every file of weights against `growth.json`, the settings in
+`config.json` against those of the growth, blocks of rows made anew from the parent against those in the folder (a sample, or
+all of them), and the parent's digest against the record's (with all blocks, or where something differs).
 """
 
 from __future__ import annotations
@@ -10,26 +11,39 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from ..errors import CheckpointError, WarmstartError
 from ..growth.config import GrowthConfig
-from ..growth.plan import make_plan
+from ..growth.plan import RECORD_KEY, GrowthPlan, GrowthRecord, make_plan
 from ..growth.source import class_and_config
-from ..growth.transform import matrix_shape
-from ..hub.facts import records_of
-from ..hub.save import GROWTH_NAME
+from ..hub.facts import is_hub_id
 from ..version import __version__
+from .fetch import local_folder
+from .grow_checkpoint import one_thread_each
+from .memory import AHEAD, processors
+from .pieces import Assembled
+from .records import checksums, last_record
+from .safetensors_format import nbytes_of, some
 from .safetensors_source import SafetensorsSource
-from .stream import GrownWeights, ParentWeights, blocks_of, matrix_rows
+from .stream import GrownWeights, ParentWeights, ahead, blocks_of, matrix_rows
 from .views import file_view, loaded_view
 
 BLOCK_BYTES = 4 * 2**20
 READ_BYTES = 2**20
+# What a config says of where it came from and how it is used; dtypes are those of the tensors, which are compared.
+NOT_COMPARED = {
+    *(RECORD_KEY, "_name_or_path", "transformers_version", "architectures"),
+    *("dtype", "use_cache", "return_dict"),
+}
 
 
 @dataclass(frozen=True)
@@ -37,15 +51,18 @@ class Verification:
     """What was found of a grown folder.
 
     Args:
-        files: each file of weights: whether its sha256 is that of `growth.json`; empty where that holds none.
-        parent_unchanged: whether the parent's tensors are those of the record; None where the record has no digest of them.
+        files: each file of weights, in the folder or in `growth.json`: whether both have it, with one sha256. Empty where
+            `growth.json` has no checksums.
+        settings: the names in `config.json` whose values are not those of the growth.
+        parent_unchanged: whether the parent's tensors are those of the record; None where that was not compared.
         blocks: how many blocks of rows were made anew, of how many there are.
-        differing: the tensors in which a block differs; missing: those that a growth would write and the folder lacks;
-            unknown: those that it has beside.
+        differing: the tensors of another dtype or shape, or in which a block differs. missing: those that a growth would
+            write and the folder lacks. unknown: those that it has beside.
         library_version: the version that grew it.
     """
 
     files: dict[str, bool] = field(default_factory=dict)
+    settings: list[str] = field(default_factory=list)
     parent_unchanged: bool | None = None
     blocks: tuple[int, int] = (0, 0)
     differing: list[str] = field(default_factory=list)
@@ -56,27 +73,37 @@ class Verification:
     @property
     def ok(self) -> bool:
         """Whether everything that was checked holds."""
-        wrong = self.differing or self.missing or self.unknown or self.parent_unchanged is False
-        return not wrong and all(self.files.values())
+        return not self._wrong
 
     @property
     def reason(self) -> str:
         """What holds, or what does not."""
-        wrong = [f"{name} has another sha256 than growth.json says" for name, same in self.files.items() if not same]
-        if self.parent_unchanged is False:
-            wrong.append("the parent's tensors are not those that were grown")
-        for names, words in (
-            (self.differing, "differ from the growth"),
-            (self.missing, "are missing"),
-            (self.unknown, "are of no growth"),
-        ):
-            if names:
-                wrong.append(f"{len(names)} tensors {words}: {', '.join(names[:5])}")
-        if wrong:
+        if wrong := self._wrong:
             grown_by = f" (grown by version {self.library_version})" if self.library_version != __version__ else ""
             return "; ".join(wrong) + grown_by
         sums = f"{len(self.files)} files have their sha256" if self.files else "growth.json has no checksums"
         return f"{sums}; {self.blocks[0]} of {self.blocks[1]} blocks made anew are the same, bit for bit"
+
+    @property
+    def _wrong(self) -> list[str]:
+        found = {
+            "files are not those of growth.json": [name for name, same in self.files.items() if not same],
+            "settings in config.json are not the growth's": self.settings,
+            "tensors are not the growth's": self.differing,
+            "tensors are missing": self.missing,
+            "tensors are of no growth": self.unknown,
+        }
+        wrong = ["the parent's tensors are not those that were grown"] if self.parent_unchanged is False else []
+        return wrong + [f"{len(names)} {words}: {some(names)}" for words, names in found.items() if names]
+
+
+@dataclass(frozen=True)
+class _Check:
+    """One thing to look at: a file or a tensor, the bytes that are read for it, and whether it holds."""
+
+    name: str
+    nbytes: int
+    holds: Callable[[], bool]
 
 
 def verify(
@@ -90,105 +117,157 @@ def verify(
     """Check a grown folder against its record, its checksums and its parent.
 
     Args:
-        folder: written by `grow_checkpoint` or `save_pretrained` of a grown model, and not trained since.
+        folder: written by `grow_checkpoint`, or by `save_pretrained` of a model that was grown on a CPU, and not trained
+            since; or its Hub id.
         parent: the folder or Hub id of the parent; by default the Hub id that the record names.
         blocks (`int`, *optional*, defaults to 64): how many blocks of about 4 MiB to make anew, chosen at random; None for
             all, which also reads the whole parent for its digest.
         seed (`int`, defaults to 0): of the choice.
         progress: called with the bytes that are checked, and of how many.
 
+    Returns:
+        The `Verification`; nothing is changed.
+
     Raises:
-        WarmstartError: there is no record, or no parent to compare with. CheckpointError: files that cannot be read.
+        WarmstartError: there is no record, no parent to compare with, or another model than the record's parent.
+        CheckpointError: files that cannot be read, or change meanwhile.
 
     Example:
 
         >>> verify("runs/grown", "runs/base").ok                                                 # doctest: +SKIP
         True
     """
-    folder = Path(folder)
-    model_class, config = class_and_config(folder)
-    record = records_of(config)[-1]
-    parent_folder = _parent_folder(parent, record.parent, record.revision)
-    _, parent_config = class_and_config(parent_folder)
-    plan = make_plan(model_class, parent_config, GrowthConfig.from_dict(record.growth_config))
-    with SafetensorsSource(parent_folder) as source, SafetensorsSource(folder) as child:
-        view = loaded_view(model_class, parent_config, source.specs)
-        weights = ParentWeights(source, view)
+    if blocks is not None and blocks < 0:
+        raise WarmstartError(f"blocks={blocks} cannot be made. Pass 0 or more, or None for all.")
+    folder = local_folder(folder)
+    record = last_record(folder)
+    parent_folder = _parent_folder(parent, record)
+    config, plan = _growth(folder, parent_folder, record)
+    with (
+        SafetensorsSource(parent_folder) as source,
+        SafetensorsSource(folder) as child,
+        ThreadPoolExecutor(1) as beside,
+    ):
+        weights = ParentWeights(source, loaded_view(plan.model_class, plan.source_config, source.specs))
+        digest = partial(weights.digest, BLOCK_BYTES)
+        digesting = beside.submit(digest) if blocks is None else None
         grown = GrownWeights(plan, weights)
-        files = file_view(model_class, plan.target_config, grown.dtypes()).tensors
-        common = [name for name in files if name in child.tensors]
-        every = [(name, rows) for name in common for rows in blocks_of(files[name], BLOCK_BYTES)]
-        chosen = every if blocks is None else random.Random(seed).sample(every, min(blocks, len(every)))
-        checksums = _checksums(folder)
-        total = len(chosen) * BLOCK_BYTES + sum((folder / name).stat().st_size for name in checksums)
-        done = 0
-        same = {}
-        for name, expected in checksums.items():
-            same[name] = _sha256(folder / name) == expected
-            progress(done := done + (folder / name).stat().st_size, total)
-        differing: list[str] = []
-        for name, (start, stop) in sorted(chosen):
-            if not _same_bits(child, name, matrix_rows(files[name], start, stop, grown.region), start):
-                differing += [name] if name not in differing else []
-            progress(done := done + BLOCK_BYTES, total)
+        files = file_view(plan.model_class, plan.target_config, grown.dtypes()).tensors
+        expected = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in files.items()}
+        common = [name for name in files if child.specs.get(name) == expected[name]]
+        every = [check for name in common for check in _block_checks(name, files[name], grown, child)]
+        numbers = range(len(every))
+        if blocks is not None:  # in the files' order, so that what is of a whole tensor is taken once
+            numbers = sorted(random.Random(seed).sample(numbers, min(blocks, len(every))))  # type: ignore[assignment]
+        chosen = [every[number] for number in numbers]
+        listed, present = checksums(folder), {tensor.file for tensor in child.tensors.values()}
+        sums = [_file_check(folder, name, listed[name]) for name in sorted(present & set(listed))]
+        wrong = [*_failed([*sums, *chosen], progress)]
+        differing = {name for name in expected if name in child.tensors} - set(common)
+        differing |= {check.name for check in wrong if check not in sums}
+        same_files = {name: name in present and name in listed for name in sorted(present | set(listed)) if listed}
         unchanged = None
-        if blocks is None and record.parent_digest is not None:
-            unchanged = weights.digest(BLOCK_BYTES) == record.parent_digest
+        if record.parent_digest is not None and (digesting or differing):
+            unchanged = (digesting.result() if digesting else digest()) == record.parent_digest
         source.check_unchanged()
         child.check_unchanged()
         return Verification(
-            same,
+            same_files | {check.name: False for check in wrong if check in sums},
+            _different(config, plan.target_config),
             unchanged,
             (len(chosen), len(every)),
-            differing,
+            sorted(differing),
             sorted(set(files) - set(child.tensors)),
             sorted(set(child.tensors) - set(files)),
             record.library_version,
         )
 
 
-def _parent_folder(given: str | os.PathLike | None, name: str, revision: str | None) -> Path:
+def _parent_folder(given: str | os.PathLike | None, record: GrowthRecord) -> Path:
     """Where the parent's files are."""
-    from .fetch import local_folder
+    if given is not None:
+        return local_folder(given)
+    if not is_hub_id(record):
+        named = f"names the parent {record.parent!r}, which is no Hub id" if record.parent else "names no parent"
+        raise WarmstartError(f"The record {named}. Pass the folder or Hub id of the parent.")
+    return local_folder(record.parent, record.revision)
 
-    if given is None and not name:
-        raise WarmstartError("The record names no parent. Pass the folder or Hub id of the parent.")
-    if given is None and "/" not in name:
-        raise WarmstartError(f"The record names the parent {name!r}, a folder. Pass where it is.")
-    return local_folder(given if given is not None else name, revision if given is None else None)
 
-
-def _checksums(folder: Path) -> dict[str, str]:
-    """sha256 by file, from `growth.json`.
+def _growth(folder: Path, parent_folder: Path, record: GrowthRecord) -> tuple[PreTrainedConfig, GrowthPlan]:
+    """The folder's config, and the plan that its record and its parent give.
 
     Raises:
-        CheckpointError: a file is missing, or what there is cannot be read.
+        WarmstartError: the parent is none that the record can be of.
     """
-    path = folder / GROWTH_NAME
-    if not path.is_file():
-        return {}
-    try:
-        files = json.loads(path.read_text(encoding="utf-8")).get("files") or {}
-        found = {str(name): str(file["sha256"]) for name, file in files.items()}
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if odd := sorted(name for name in found if Path(name).name != name or not (folder / name).is_file()):
-        raise CheckpointError(f"{GROWTH_NAME} names files that {folder} does not hold: {', '.join(odd[:5])}.")
-    return found
+    model_class, config = class_and_config(folder)
+    parent_class, parent_config = class_and_config(parent_folder)
+    settings = _plain(parent_config.to_dict())
+    wrong = [
+        f"{name} is {settings.get(name)!r}, not {before!r}"
+        for name, (before, _) in record.changes.items()
+        if name not in NOT_COMPARED and settings.get(name) != _plain(before)
+    ]
+    if parent_class is not model_class:
+        wrong.insert(0, f"it is a {parent_class.__name__}, not a {model_class.__name__}")
+    if wrong:
+        raise WarmstartError(
+            f"{parent_folder} is not the parent that the record of {folder} tells of: {'; '.join(wrong[:5])}. Pass the "
+            "folder or Hub id that was grown."
+        )
+    return config, make_plan(model_class, parent_config, GrowthConfig.from_dict(record.growth_config))
+
+
+def _different(config: PreTrainedConfig, expected: PreTrainedConfig) -> list[str]:
+    """Names of the settings in which a config is not what `save_pretrained` and loading make of another."""
+    again = type(expected).from_dict(json.loads(expected.to_json_string()))
+    ours, theirs = _plain(config.to_dict()), _plain(again.to_dict())
+    return sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
+
+
+def _plain(settings: Any) -> Any:
+    """Settings as JSON has them, those that are not compared left out at every level."""
+    if isinstance(settings, Mapping):
+        return {str(name): _plain(value) for name, value in settings.items() if name not in NOT_COMPARED}
+    return [_plain(value) for value in settings] if isinstance(settings, (list, tuple)) else settings
+
+
+def _block_checks(name: str, tensor: Assembled, grown: GrownWeights, child: SafetensorsSource) -> Iterator[_Check]:
+    """Checks of a tensor's rows, block by block."""
+    for start, stop in blocks_of(tensor, BLOCK_BYTES):
+        nbytes = nbytes_of(tensor.dtype, (stop - start, *tensor.shape[-1:]))
+        yield _Check(name, nbytes, partial(_same_rows, child, name, tensor, start, stop, grown))
+
+
+def _same_rows(
+    child: SafetensorsSource, name: str, tensor: Assembled, start: int, stop: int, grown: GrownWeights
+) -> bool:
+    """Whether rows of a tensor's matrix form, made anew, are those in the folder, as bytes, so that NaNs compare too."""
+    made = matrix_rows(tensor, start, stop, grown.region)
+    there = child.read_entries(name, start * made.shape[1], stop * made.shape[1])
+    return torch.equal(there.view(torch.uint8), made.flatten().view(torch.uint8))
+
+
+def _file_check(folder: Path, name: str, sha256: str) -> _Check:
+    return _Check(name, (folder / name).stat().st_size, lambda: _sha256(folder / name) == sha256)
 
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(READ_BYTES):
-            digest.update(piece)
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(READ_BYTES):
+                digest.update(piece)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     return digest.hexdigest()
 
 
-def _same_bits(child: SafetensorsSource, name: str, made: torch.Tensor, start: int) -> bool:
-    """Whether rows of a tensor's matrix form are those in the folder, as bytes, so that NaNs compare too."""
-    tensor, columns = child.tensors[name], made.shape[1]
-    if tensor.dtype != made.dtype or columns != matrix_shape(tensor.shape)[1]:
-        return False
-    there = child.read_entries(name, start * columns, (start + len(made)) * columns)
-    return torch.equal(there.view(torch.uint8), made.flatten().view(torch.uint8))
+def _failed(checks: list[_Check], progress: Callable[[int, int], None]) -> Iterator[_Check]:
+    """The checks that do not hold."""
+    done, total = 0, sum(check.nbytes for check in checks)
+    threads = processors()
+    with one_thread_each(), ahead((check.holds for check in checks), threads, AHEAD * threads) as results:
+        for check, holds in zip(checks, results, strict=True):
+            progress(done := done + check.nbytes, total)
+            if not holds:
+                yield check

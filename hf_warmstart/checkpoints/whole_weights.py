@@ -13,10 +13,10 @@ import logging
 import os
 import pickle
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,14 @@ from transformers.utils import GENERATION_CONFIG_NAME, WEIGHTS_INDEX_NAME, WEIGH
 from ..errors import CheckpointError, ExactnessError, UntraceableError
 from ..growth.grow import grow
 from ..growth.plan import RECORD_KEY, GrowthPlan, GrowthRecord
-from ..growth.source import parent_name
+from ..growth.source import digest, parent_name
 from ..growth.twin import FAULTS, build
 from ..hub.facts import certify_record
 from ..hub.save import description, save_grown
 from ..version import __version__
+from .low_disk import HubShards
 from .memory import AHEAD, Pieces
+from .pieces import Assembled
 from .safetensors_layout import INDEX_NAME, SINGLE_NAME, FolderLayout, folder_layout
 from .safetensors_sink import SafetensorsSink
 from .safetensors_source import SafetensorsSource
@@ -57,28 +59,38 @@ class StreamedWeights:
     revision: str | None
     max_shard_size: str | int
     source: SafetensorsSource
+    loaded: Mapping[str, Assembled]
     parent: ParentWeights
     grown: GrownWeights
     view: FileView
     generation: GenerationConfig | None
+    _digest: str | None = field(default=None, init=False)
 
     @classmethod
-    def open(cls, plan: GrowthPlan, folder: Path, revision: str | None, max_shard_size: str | int) -> StreamedWeights:
+    def open(
+        cls,
+        plan: GrowthPlan,
+        folder: Path,
+        revision: str | None,
+        max_shard_size: str | int,
+        open_source: Callable[[], SafetensorsSource],
+    ) -> StreamedWeights:
         """Check the parent's files, and follow how they are loaded and saved.
 
         Raises:
             CheckpointError: the files are not what they should be. UntraceableError: they cannot be followed.
         """
-        source = SafetensorsSource(folder)
+        source = open_source()
         try:
-            parent = ParentWeights(source, loaded_view(plan.model_class, plan.source_config, source.specs))
+            loaded = loaded_view(plan.model_class, plan.source_config, source.specs)
+            parent = ParentWeights(source, loaded)
             grown = GrownWeights(plan, parent)
             view = file_view(plan.model_class, plan.target_config, grown.dtypes())
             generation = _generation_config(plan, folder)
         except BaseException:
             source.close()
             raise
-        return cls(plan, folder, revision, max_shard_size, source, parent, grown, view, generation)
+        return cls(plan, folder, revision, max_shard_size, source, loaded, parent, grown, view, generation)
 
     @property
     def _tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -103,6 +115,26 @@ class StreamedWeights:
     def floor(self) -> int:
         """Bytes of the largest piece that cannot be made smaller."""
         return self.grown.largest_piece()
+
+    @property
+    def fetched_nbytes(self) -> tuple[int, int]:
+        """Bytes that come from the Hub meanwhile: in all, and the most at once; zeros where the files are here."""
+        if not isinstance(self.source, HubShards):
+            return 0, 0
+        needs = [self._needs(file.tensors) for file in self.layout.files]
+        return self.source.traffic(needs), self.source.room(needs)
+
+    def _needs(self, names: Iterable[str]) -> frozenset[str]:
+        """The parent's files that tensors of the child's files are made of."""
+        of_child = {source for name in names for source in self.view.tensors[name].sources}
+        of_parent = {source for name in of_child for source in self.loaded[self.plan.source_name(name)].sources}
+        return frozenset(self.source.tensors[name].file for name in of_parent)
+
+    def digest(self, pieces: Pieces) -> str:
+        """sha256 over the parent's tensors, which is read whole the first time."""
+        if self._digest is None:
+            self._digest = self.parent.digest(pieces.block)
+        return self._digest
 
     def write(self, staging: Staging, pieces: Pieces, progress: Report, other_nbytes: int) -> GrowthRecord:
         """Write weights, config and card; the record of the growth.
@@ -133,13 +165,22 @@ class StreamedWeights:
         )
         done = sum(file.nbytes for file, shard in zip(self.layout.files, sink.shards, strict=True) if shard.done)
         total = self.nbytes + other_nbytes
+        if kept := sum(shard.done for shard in sink.shards):
+            logger.info("Going on after %d of %d files, which an earlier run finished.", kept, len(sink.shards))
+        progress(done, total)
 
         def written(nbytes: int) -> None:
             nonlocal done
             progress(done := done + nbytes, total)
 
+        shards = self.source if isinstance(self.source, HubShards) else None
+        if shards is not None:
+            todo = [(shard, self._needs(shard.layout)) for shard in sink.shards if not shard.done]
+            staging.check_room(total - done + shards.room([files for _, files in todo]))
+            shards.expect(todo)
         with sink, ThreadPoolExecutor(1) as beside:
-            digest = beside.submit(self.parent.digest, pieces.block)
+            # It reads all tensors by their names: of files that come one by one, the commit in the record says as much.
+            digested = None if shards is not None else beside.submit(self.digest, pieces)
             stream_weights(
                 self.grown,
                 self.view.tensors,
@@ -150,7 +191,8 @@ class StreamedWeights:
                 progress=written,
             )
             sink.finish()
-            config = self._config(digest.result())
+            progress(self.nbytes, total)  # headers and index too
+            config = self._config(digested.result() if digested else None)
         self.source.check_unchanged()
         config.save_pretrained(staging.folder)
         if self.generation is not None:
@@ -205,6 +247,10 @@ class LoadedWeights:
             self.plan.output_bytes + self.plan.parameters_before * self.plan.output_bytes // self.plan.parameters_after
         )
 
+    def digest(self, pieces: Pieces) -> str:
+        """sha256 over the parent's tensors, which is loaded."""
+        return digest(self.plan.model_class.from_pretrained(self.folder))
+
     def write(self, staging: Staging, pieces: Pieces, progress: Report, other_nbytes: int) -> GrowthRecord:
         """Write weights, config and card; the record of the growth."""
         staging.begin("loaded whole")
@@ -246,19 +292,29 @@ class LoadedWeights:
 
 
 def whole_weights(
-    plan: GrowthPlan, folder: Path, revision: str | None, max_shard_size: str | int
+    plan: GrowthPlan,
+    folder: Path,
+    revision: str | None,
+    max_shard_size: str | int,
+    shards: Callable[[], HubShards] | None = None,
 ) -> StreamedWeights | LoadedWeights:
-    """The weights in a folder, checked; a warning says where they have to be loaded.
+    """The weights of a source, checked; a warning says where they have to be loaded.
+
+    Args:
+        shards: opens those that are not in the folder.
 
     Raises:
-        CheckpointError: the files are not what they should be.
+        CheckpointError: the files are not what they should be. UntraceableError: they must be loaded, and are not there.
     """
     loaded = LoadedWeights(plan, folder, revision, max_shard_size)
-    if (folder / FULL_MODEL).is_file() or not any((folder / name).exists() for name in (SINGLE_NAME, INDEX_NAME)):
+    if shards is None and ((folder / FULL_MODEL).is_file() or not has_safetensors(folder)):
         return loaded
     try:
-        return StreamedWeights.open(plan, folder, revision, max_shard_size)
+        open_source = shards or partial(SafetensorsSource, folder)
+        return StreamedWeights.open(plan, folder, revision, max_shard_size, open_source)
     except UntraceableError as error:
+        if shards is not None:
+            raise UntraceableError(f"{error} So it is grown in memory: leave low_disk out.") from error
         logger.warning("%s is grown in memory: %s", plan.model_class.__name__, error)
         return replace(loaded, computed=True)
 
@@ -290,8 +346,13 @@ def _generation_config(plan: GrowthPlan, folder: Path) -> GenerationConfig | Non
     return generation
 
 
-def refuse_quantised(config: PreTrainedConfig, folder: Path) -> None:
-    """Raise where weights are not plain numbers.
+def has_safetensors(folder: Path) -> bool:
+    """Whether weights of a folder are read by rows."""
+    return any((folder / name).exists() for name in (SINGLE_NAME, INDEX_NAME))
+
+
+def refuse_quantised(config: PreTrainedConfig, folder: Path, shards: Callable[[], HubShards] | None = None) -> None:
+    """Raise where weights are not plain numbers; arguments as for `whole_weights`.
 
     Raises:
         CheckpointError: the config says so, or the files hold eight-bit floats.
@@ -307,9 +368,9 @@ def refuse_quantised(config: PreTrainedConfig, folder: Path) -> None:
         raise CheckpointError(
             f"The weights are quantised ({method or 'quantization_config'}), and no map follows that. {ways}"
         )
-    if not any((folder / name).exists() for name in (SINGLE_NAME, INDEX_NAME)):
+    if shards is None and not has_safetensors(folder):
         return
-    with SafetensorsSource(folder) as source:
+    with (shards or partial(SafetensorsSource, folder))() as source:
         odd = sorted(n for n, t in source.tensors.items() if t.dtype.is_floating_point and t.dtype.itemsize == 1)
     if odd:
         raise CheckpointError(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -16,8 +18,8 @@ from ..errors import WarmstartError
 WIDTH = 110  # of tables that go to a file or a pipe
 
 
-def add_growth_options(parser: argparse.ArgumentParser) -> None:
-    """The options that become a `GrowthConfig`."""
+def add_growth_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the options that become a `GrowthConfig`; their group."""
     growth = parser.add_argument_group("what to grow")
     growth.add_argument("--width", type=float, metavar="X", help="multiplies hidden size, MLP units and heads")
     growth.add_argument("--depth", type=float, metavar="X", help="multiplies the number of layers")
@@ -29,6 +31,7 @@ def add_growth_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="a size by its transformers name (hidden_size=768) or a field of GrowthConfig (width_operator=uneven_copy)",
     )
+    return growth
 
 
 def growth_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -77,6 +80,30 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def notice(command: str, words: str) -> None:
+    """One message on stderr."""
+    sys.stderr.write(f"hf-warmstart {command}: {words}\n")
+
+
+@contextmanager
+def notices(command: str) -> Iterator[None]:
+    """Context in which what the library has to say appears on stderr."""
+
+    class Notices(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            notice(command, record.getMessage())
+
+    logger, handler = logging.getLogger("hf_warmstart"), Notices(logging.INFO)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
 
 
 def console(stderr: bool = False) -> Console:

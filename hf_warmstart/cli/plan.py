@@ -53,8 +53,11 @@ def as_data(plan: GrowthPlan) -> dict[str, Any]:
     }
 
 
-def show(plan: GrowthPlan) -> None:
-    """A plan as a table."""
+def show(plan: GrowthPlan, needs: str | None = None) -> None:
+    """A plan as a table, with what it takes: by default, growing in memory."""
+    needs = needs or (
+        f"weights {size_text(plan.output_bytes)}, {size_text(plan.peak_memory_bytes)} of memory beside the parent while growing"
+    )
     out = console()
     title = f"{plan.model_class.__name__}: {' + '.join(plan.operators)}, seed {plan.growth_config.seed}"
     out.print(f"[bold]{escape(title)}[/]")
@@ -67,10 +70,7 @@ def show(plan: GrowthPlan) -> None:
             table.add_row(escape(name), _number(before), _number(after))
     table.add_row("parameters", _number(plan.parameters_before), _number(plan.parameters_after))
     out.print(table)
-    out.print(
-        f"  growth factor {plan.growth_factor:.3f}; weights {size_text(plan.output_bytes)}, "
-        f"{size_text(plan.peak_memory_bytes)} of memory beside the parent while growing"
-    )
+    out.print(f"  growth factor {plan.growth_factor:.3f}; {escape(needs)}", soft_wrap=True)
     verdict = "[bold green]exact[/]" if plan.exact else "[bold yellow]not exact[/]"
     out.print(Padding(f"{verdict}: {escape(plan.reason)}", (0, 0, 0, 2)))
 

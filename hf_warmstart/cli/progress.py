@@ -35,19 +35,24 @@ def bar(words: str) -> Iterator[Report]:
 
 @contextmanager
 def json_lines() -> Iterator[Report]:
-    """`{"event": "progress", "bytes": ..., "of": ..., "bytes_per_second": ..., "seconds_left": ...}` on stdout."""
-    start = last = time.monotonic()
-    first: int | None = None
+    """`{"event": "progress", "bytes": ..., "of": ..., "bytes_per_second": ..., "seconds_left": ...}` on stdout.
+
+    The first line stands before the first byte; nobody knows yet how many seconds are left (null).
+    """
+    begun: tuple[float, int] | None = None  # seconds, and the bytes that an earlier run left
+    last = 0.0
 
     def report(done: int, total: int) -> None:
-        nonlocal last, first
+        nonlocal begun, last
         now = time.monotonic()
-        first = done if first is None else first
-        if now - last < EVERY and done < total:
+        if begun is None:
+            begun = now, done
+        elif now - last < EVERY and done < total:
             return
         last = now
+        start, first = begun
         rate = (done - first) / (now - start) if now > start else 0.0
-        left = (total - done) / rate if rate else None
+        left = 0.0 if done >= total else (total - done) / rate if rate else None
         write_line({"event": "progress", "bytes": done, "of": total, "bytes_per_second": rate, "seconds_left": left})
 
     yield report

@@ -24,12 +24,15 @@ def add_to(commands: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", metavar="FOLDER", help="a folder that was grown and not trained since")
+    parser.add_argument("folder", metavar="FOLDER", help="a folder or Hub id that was grown and not trained since")
     parser.add_argument(
         "--parent", metavar="SOURCE", help="its parent's folder or Hub id (default: the record's Hub id)"
     )
-    parser.add_argument("--blocks", type=int, default=64, metavar="N", help="to make anew (default: %(default)s)")
-    parser.add_argument("--all", action="store_true", help="make everything anew, and read the whole parent")
+    count = parser.add_mutually_exclusive_group()
+    count.add_argument(
+        "--blocks", type=int, default=64, metavar="N", help="of 4 MiB to make anew (default: %(default)s)"
+    )
+    count.add_argument("--all", action="store_true", help="make everything anew, and read the whole parent")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of blocks (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="write JSON to stdout")
     parser.set_defaults(run=run)
@@ -51,5 +54,5 @@ def run(options: argparse.Namespace) -> int:
         write_json({"ok": found.ok, "reason": found.reason, **found.__dict__})
     else:
         verdict = "[bold green]ok[/]" if found.ok else "[bold red]differs[/]"
-        console().print(f"{escape(options.folder)} {verdict}: {escape(found.reason)}")
+        console().print(f"{escape(options.folder)} {verdict}: {escape(found.reason)}", soft_wrap=True)
     return 0 if found.ok else 1

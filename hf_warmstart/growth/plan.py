@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -39,7 +39,9 @@ RECORD_KEY = "warmstart"
 
 @dataclass(frozen=True)
 class GrowthRecord:
-    """One growth, as it travels in `config.json` under `warmstart`: enough to rebuild the model bit for bit.
+    """One growth, as it travels in `config.json` under `warmstart`: enough to rebuild the model from its parent.
+
+    On a CPU bit for bit, on any machine, by the library's version that it names; a GPU rounds some operators differently.
 
     Args:
         growth_config: the `GrowthConfig` as plain data.
@@ -66,12 +68,36 @@ class GrowthRecord:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> GrowthRecord:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            WarmstartError: it is no record, or has fields that this version does not know.
+        """
+        known = {item.name: item.default is MISSING for item in fields(cls)}
+        given = set(data) if isinstance(data, Mapping) else set()
+        if unknown := sorted(given - set(known)):
+            raise WarmstartError(f"A growth record has no fields {unknown}; it may come from a newer hf_warmstart.")
+        if missing := sorted(name for name, needed in known.items() if needed and name not in given):
+            raise WarmstartError(f"A growth record lacks {missing}: it is damaged, or none of hf_warmstart's.")
+        changes = data["changes"]
+        pairs = isinstance(changes, Mapping) and all(
+            isinstance(v, (list, tuple)) and len(v) == 2 for v in changes.values()
+        )
+        if not pairs or not isinstance(data["growth_config"], Mapping):
+            raise WarmstartError("A growth record is damaged: its growth_config or its changes are none.")
         return cls(**data)
 
     @classmethod
     def all_of(cls, config: PreTrainedConfig) -> list[GrowthRecord]:
         """The records that a config carries, oldest first."""
-        return [cls.from_dict(data) for data in getattr(config, RECORD_KEY, None) or []]
+        return cls.all_in(getattr(config, RECORD_KEY, None))
+
+    @classmethod
+    def all_in(cls, data: Any) -> list[GrowthRecord]:
+        """The records in what a config holds under `warmstart`, None for nothing, oldest first."""
+        if not isinstance(data or [], list):
+            raise WarmstartError(f"Growth records are a list, not {type(data).__name__}.")
+        return [cls.from_dict(entry) for entry in data or []]
 
     def parent_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """The parent's config, from the grown model's."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import pprint
+import shlex
 import textwrap
 from collections.abc import Mapping
 from itertools import chain
@@ -107,6 +108,7 @@ def render_card(
         template_path=str(TEMPLATE),
         architecture=architecture,
         certificate=certificate,
+        command=_command(rebuilt),
         chain=[_chain_row(item) for item in records] if len(records) > 1 else [],
         dataset=dataset,
         dtype=str(dtype).removeprefix("torch."),
@@ -214,6 +216,16 @@ def _rebuild(config: PreTrainedConfig, records: list[GrowthRecord]) -> str:
         lines += ["growth_config = GrowthConfig.from_dict(", textwrap.indent(asked, "    "), ")"]
         lines.append("model = grow(model, growth_config)")
     return "\n".join(lines)
+
+
+def _command(records: list[GrowthRecord]) -> str | None:
+    """The shell's way, where the parent was saved: `THIS` is the repository that the card lies in."""
+    if len(records) > 1:
+        return None
+    source = records[0]
+    where = [source.parent] if is_hub_id(source) else ["path/to/parent"]
+    revision = ["--revision", source.revision] if is_hub_id(source) and source.revision else []
+    return shlex.join(["hf-warmstart", "grow", *where, "grown", *revision, "--record", "THIS"])
 
 
 def _operators(names: list[str]) -> str:

@@ -79,14 +79,19 @@ def test_bad_input_is_one_message_and_exit_code_2(source, capsys, arguments, wor
 
 
 def test_help_imports_neither_torch_nor_transformers():
-    code = (
-        "import sys\nfrom hf_warmstart.cli import main\n"
-        "try: main(['certify', '--help'])\n"
-        "finally: sys.stderr.write(str(sorted({'torch', 'transformers'} & set(sys.modules))))"
-    )
+    code = """
+import sys
+from hf_warmstart.cli import main
+for command in ([], ["plan"], ["certify"], ["grow"], ["verify"]):
+    try:
+        main([*command, "--help"])
+    except SystemExit as end:
+        sys.stderr.write(f"{end.code} ")
+sys.stderr.write(str(sorted({"torch", "transformers"} & set(sys.modules))))
+"""
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "--growth-factor" in run.stdout
-    assert run.stderr == "[]"
+    assert "--growth-factor" in run.stdout and "--max-memory" in run.stdout and "--blocks" in run.stdout
+    assert run.stderr == "0 0 0 0 0 []"
 
 
 def test_the_console_script_is_declared():

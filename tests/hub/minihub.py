@@ -1,8 +1,9 @@
 """A Hub in memory on the loopback interface, spoken to by the real client.
 
-Repositories with branches, commits and pull requests; uploads inside the commit (`regular`) or by Git LFS; a log of all
-requests. It answers what `huggingface_hub` 2.4 and `transformers` 5.23 ask when models are pushed and loaded, and 404
-to everything else. Xet is not spoken: files are never marked as stored there.
+Repositories with branches, tags, commits and pull requests; uploads inside the commit (`regular`) or by Git LFS; downloads
+whole or by ranges, of LFS files from a second host with a signed address; a log of all requests. It answers what
+`huggingface_hub` 2.4 and `transformers` 5.23 ask when models are pushed and loaded, and 404 to everything else. Connections
+break, and files are swapped, where a test wants it. Xet is not spoken: files are never marked as stored there.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import base64
 import hashlib
 import json
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -30,13 +32,15 @@ class Commit:
 
 @dataclass
 class Repo:
-    """Branches and pull requests: name -> commits, oldest first."""
+    """Branches and pull requests: name -> commits, oldest first; tags: name -> commit's id."""
 
     branches: dict[str, list[Commit]]
     private: bool = False
+    tags: dict[str, str] = field(default_factory=dict)
 
     def find(self, revision: str) -> Commit | None:
-        """The commit that a branch or a commit's id names."""
+        """The commit that a branch, a tag or a commit's id names."""
+        revision = self.tags.get(revision, revision)
         if revision in self.branches:
             return self.branches[revision][-1]
         return next((c for commits in self.branches.values() for c in commits if c.oid == revision), None)
@@ -47,6 +51,14 @@ class MiniHub:
 
     Args:
         lfs: whether weights go by Git LFS rather than inside the commit.
+
+    Attributes:
+        token: what private repositories ask for.
+        served: of each transfer of a file to its end, the path and the number of bytes. on_serve: called before each.
+        broken: paths whose transfers break, first after half of the bytes, then at once; ranges with an end do not.
+        forbidden: whether the second host refuses all.
+        swapped: path -> content that is given instead of the commit's.
+        leaked: whether the second host was sent a token.
     """
 
     def __init__(self, lfs: bool = False) -> None:
@@ -54,6 +66,12 @@ class MiniHub:
         self.repos: dict[str, Repo] = {}
         self.large: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
+        self.token = "hf_test"
+        self.served: list[tuple[str, int]] = []
+        self.on_serve: Callable[[str, int], None] = lambda path, nbytes: None
+        self.broken: set[str] = set()
+        self.swapped: dict[str, bytes] = {}
+        self.forbidden = self.leaked = False
         self.lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -77,6 +95,16 @@ class MiniHub:
     def create(self, repo_id: str, private: bool = False) -> None:
         """A new repository, holding `.gitattributes` as the Hub's do."""
         self.repos[repo_id] = Repo({"main": [_commit("initial commit", {".gitattributes": b""}, repo_id)]}, private)
+
+    def add(self, repo_id: str, files: dict[str, bytes], branch: str = "main", private: bool = False) -> Commit:
+        """A commit that adds files to a branch, made with its repository where there is none."""
+        if repo_id not in self.repos:
+            self.create(repo_id, private)
+        repo = self.repos[repo_id]
+        commits = repo.branches.setdefault(branch, list(repo.branches["main"]))
+        number = sum(map(len, repo.branches.values()))
+        commits.append(_commit("add", {**commits[-1].files, **files}, f"{repo_id} {number}", sorted(files)))
+        return commits[-1]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -118,6 +146,8 @@ class _Handler(BaseHTTPRequestHandler):
                     self._lfs_batch(json.loads(body))
                 case (_, "api", "models", organisation, name, *rest):
                     self._api(f"{organisation}/{name}", method, rest, body, parse_qs(parts.query))
+                case ("GET", "second-host", *file):
+                    self._second_host("/".join(file))
                 case ("GET" | "HEAD", organisation, name, "resolve", revision, *file):
                     self._resolve(f"{organisation}/{name}", revision, "/".join(file))
                 case _:
@@ -136,10 +166,15 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self.hub.repos.get(repo_id)
         if repo is None:
             return self._error(404, "RepoNotFound")
+        if not self._may_see(repo):
+            return self._error(401, "RepoNotFound")
         match (method, *rest):
             case ("GET",) | ("GET", "revision", _):
                 commit = repo.find(rest[1] if rest else "main")
-                return self._info(repo_id, repo, commit) if commit else self._error(404, "RevisionNotFound")
+                with_files = "blobs" in query
+                return (
+                    self._info(repo_id, repo, commit, with_files) if commit else self._error(404, "RevisionNotFound")
+                )
             case ("GET", "tree", revision):
                 commit = repo.find(revision)
                 return self._tree(commit) if commit else self._error(404, "RevisionNotFound")
@@ -188,28 +223,72 @@ class _Handler(BaseHTTPRequestHandler):
         ]
         self._json({"transfer": "basic", "objects": objects})
 
-    def _info(self, repo_id: str, repo: Repo, commit: Commit) -> None:
-        siblings = [{"rfilename": path} for path in sorted(commit.files)]
+    def _may_see(self, repo: Repo) -> bool:
+        return not repo.private or self.headers.get("Authorization") == f"Bearer {self.hub.token}"
+
+    def _info(self, repo_id: str, repo: Repo, commit: Commit, with_files: bool) -> None:
+        siblings: list[dict[str, Any]] = [{"rfilename": path} for path in sorted(commit.files)]
+        for entry in siblings if with_files else ():
+            content = commit.files[entry["rfilename"]]
+            entry |= {"size": len(content), "blobId": _blob(content)}
+            if self._is_large(entry["rfilename"]):
+                entry["lfs"] = {"size": len(content), "sha256": _sha256(content), "pointerSize": 134}
         self._json({"id": repo_id, "sha": commit.oid, "private": repo.private, "tags": [], "siblings": siblings})
 
     def _tree(self, commit: Commit) -> None:
-        entries = [
+        entries: list[dict[str, Any]] = [
             {"type": "file", "path": path, "size": len(content), "oid": _blob(content)}
             for path, content in sorted(commit.files.items())
         ]
+        for entry in entries:
+            if self._is_large(entry["path"]):
+                content = commit.files[entry["path"]]
+                entry["lfs"] = {"size": len(content), "oid": _sha256(content), "pointerSize": 134}
         self._json(entries)
 
     def _resolve(self, repo_id: str, revision: str, path: str) -> None:
         repo = self.hub.repos.get(repo_id)
+        if repo and not self._may_see(repo):
+            return self._error(401, "RepoNotFound")
         commit = repo.find(revision) if repo else None
         if commit is None:
             return self._error(404, "RevisionNotFound" if repo else "RepoNotFound")
         content = commit.files.get(path)
         if content is None:
             return self._error(404, "EntryNotFound", {"X-Repo-Commit": commit.oid})
-        etag = hashlib.sha256(content).hexdigest() if self._is_large(path) else _blob(content)
-        headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{etag}"', "Content-Type": "application/octet-stream"}
-        return self._send(200, content, headers)
+        headers = {"X-Repo-Commit": commit.oid, "Accept-Ranges": "bytes"}
+        if self._is_large(path):
+            digest = _sha256(content)
+            self.hub.large[digest] = content
+            port = self.hub.url.rpartition(":")[2]
+            headers["Location"] = f"http://localhost:{port}/second-host/{digest}/{path}?Signature=secret"
+            headers |= {"X-Linked-ETag": f'"{digest}"', "X-Linked-Size": str(len(content))}
+            return self._send(302, b"", headers)
+        return self._file(path, content, {**headers, "ETag": f'"{_blob(content)}"'})
+
+    def _second_host(self, path: str) -> None:
+        """Where files of Git LFS lie."""
+        self.hub.leaked |= "Authorization" in self.headers
+        digest, _, path = path.partition("/")
+        if self.hub.forbidden:
+            return self._send(403, b"", {})
+        return self._file(path, self.hub.large[digest], {"Accept-Ranges": "bytes"})
+
+    def _file(self, path: str, content: bytes, headers: dict[str, str]) -> None:
+        """A file, or a range of it."""
+        content = self.hub.swapped.get(path, content)
+        headers["Content-Type"] = "application/octet-stream"
+        status, last = 200, ""
+        if asked := self.headers.get("Range"):
+            first, last = asked.removeprefix("bytes=").split("-")
+            status, whole = 206, len(content)
+            content = content[int(first) : int(last) + 1 if last else whole]
+            headers["Content-Range"] = f"bytes {first}-{int(first) + len(content) - 1}/{whole}"
+        if self.command == "GET" and not last:
+            self.hub.on_serve(path, len(content))
+            self.hub.served.append((path, len(content)))
+        breaks = path in self.hub.broken and self.command == "GET" and not last
+        self._send(status, content, headers, breaks)
 
     def _is_large(self, path: str) -> bool:
         return self.hub.lfs and path.endswith(".safetensors")
@@ -220,17 +299,25 @@ class _Handler(BaseHTTPRequestHandler):
     def _error(self, status: int, code: str, headers: dict[str, str] | None = None) -> None:
         self._send(status, b"{}", {"X-Error-Code": code, "Content-Type": "application/json", **(headers or {})})
 
-    def _send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+    def _send(self, status: int, content: bytes, headers: dict[str, str], breaks: bool = False) -> None:
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
+        if breaks:
+            self.wfile.write(content[: len(content) // 2] if status == 200 else b"")
+            self.close_connection = True
+        elif self.command != "HEAD":
             self.wfile.write(content)
 
 
 def _commit(message: str, files: dict[str, bytes], salt: str, *changes: list[str]) -> Commit:
     return Commit(hashlib.sha1(f"{salt} {message}".encode()).hexdigest(), message, files, *changes)
+
+
+def _sha256(content: bytes) -> str:
+    """Git LFS's id of a file."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def _blob(content: bytes) -> str:

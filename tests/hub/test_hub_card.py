@@ -85,6 +85,7 @@ def test_bare_name_with_a_commit_is_a_repository(parent, certificate):
     assert card.data.base_model == "gpt2"
     assert f"[gpt2](https://huggingface.co/gpt2) at revision `{'e' * 40}`" in card.text
     assert f"revision='{'e' * 40}'" in block(card.text, "python")
+    assert f"`hf-warmstart grow gpt2 grown --revision {'e' * 40} --record THIS`" in card.text
 
 
 def test_parent_in_a_folder_leaves_no_path_of_the_machine(parent, certificate, tmp_path):
@@ -92,6 +93,7 @@ def test_parent_in_a_folder_leaves_no_path_of_the_machine(parent, certificate, t
     loaded = type(parent).from_pretrained(tmp_path / "runs" / "checkpoint")
     card = render_card(grow(loaded, depth=2), certificate=certificate)
     assert "`checkpoint`" in card.text
+    assert "`hf-warmstart grow path/to/parent grown --record THIS`" in card.text
     assert str(tmp_path) not in str(card)
 
 
@@ -142,6 +144,7 @@ def test_second_growth_shows_the_chain_and_is_rebuilt_in_both_steps(grown, certi
     assert "| 1 | [org/tiny](https://huggingface.co/org/tiny) | `hidden_size` 32 to 48" in text
     assert "`num_hidden_layers` 4 to 6" in text
     assert block(text, "python").count("model = grow(model, growth_config)") == 2
+    assert "hf-warmstart grow" not in text
     assert len(json.loads(block(text, "json"))) == 2
     assert "## Chain of growths" not in render_card(grown, certificate=certificate).text
 

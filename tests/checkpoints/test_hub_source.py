@@ -1,0 +1,310 @@
+"""A Hub id as the source of a growth: through the cache, or file by file with little disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub import constants, file_download
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from hf_warmstart import Certificate, WarmstartError, grow_checkpoint
+from hf_warmstart.checkpoints.fetch import local_folder
+from hf_warmstart.checkpoints.grow_checkpoint import prepare_growth
+from hf_warmstart.checkpoints.low_disk import HubRepository, HubShards
+from hf_warmstart.checkpoints.safetensors_source import SafetensorsSource
+from hf_warmstart.cli import main
+from hf_warmstart.errors import CheckpointError
+
+from ..hub.minihub import MiniHub
+from ..models import tiny_model
+from .folders import bytes_of
+
+REPO = "org/tiny"
+GROWTH = {"width": 2, "seed": 3, "max_shard_size": "80KB", "threads": 1}
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> tuple[Path, Path]:
+    """Two trained states of one model, in six files each, with a tokenizer."""
+    folders = []
+    for seed in (0, 1):
+        folder = tmp_path_factory.mktemp("parents") / str(seed)
+        model = tiny_model("llama", seed, num_hidden_layers=6, hidden_size=32, head_dim=8, intermediate_size=48)
+        model.save_pretrained(folder, max_shard_size="40KB")
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=_tokenizer())
+        tokenizer.save_pretrained(folder)
+        folders.append(folder)
+    return folders[0], folders[1]
+
+
+def _tokenizer():
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    return Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
+
+
+@pytest.fixture
+def hub(use_hub, models, monkeypatch) -> Iterator[MiniHub]:
+    """A Hub that holds the two states as two commits, weights by Git LFS."""
+    with MiniHub(lfs=True) as server:
+        server.commits_of_test = [server.add(REPO, bytes_of(folder)) for folder in models]
+        server.repos[REPO].tags["v1"] = server.commits_of_test[0].oid
+        server.repos[REPO].branches["old"] = server.repos[REPO].branches["main"][:2]
+        monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda seconds: None, time=time.time))
+        yield use_hub(server)
+
+
+@pytest.fixture(autouse=True)
+def _certified(monkeypatch):
+    """A certificate takes longer than the growth here, and is not what is tested."""
+    certificate = Certificate(True, 0.0, 0.0, [], {}, True, "")
+    monkeypatch.setattr("hf_warmstart.checkpoints.whole_weights.certify_record", lambda config: certificate)
+
+
+@pytest.fixture(scope="module")
+def local(models, tmp_path_factory) -> list[dict[str, bytes]]:
+    """The files of weights that the two states' folders grow into."""
+    made = tmp_path_factory.mktemp("local")
+    for k, folder in enumerate(models):
+        grow_checkpoint(folder, made / str(k), **GROWTH)
+    return [weights_of(made / str(k)) for k in range(2)]
+
+
+def weights_of(folder: Path) -> dict[str, bytes]:
+    return {name: content for name, content in bytes_of(folder).items() if "safetensors" in name}
+
+
+def whole_files(hub: MiniHub) -> list[str]:
+    """Files of weights that were served whole, in order."""
+    return [path for path, _ in hub.served if path.endswith(".safetensors")]
+
+
+# -- through the cache ------------------------------------------------------------------------------------------------
+
+
+def test_a_revision_is_a_branch_a_tag_or_a_commit(hub):
+    old, new = (commit.oid for commit in hub.commits_of_test)
+    for revision, commit in [(None, new), ("main", new), ("old", old), ("v1", old), (old, old)]:
+        assert local_folder(REPO, revision).name == commit
+        assert HubRepository.find(REPO, revision).commit == commit
+
+
+@pytest.mark.parametrize(("revision", "which"), [(None, 1), ("v1", 0)])
+def test_a_hub_id_grows_as_its_folder_does_and_the_record_keeps_the_commit(hub, local, tmp_path, revision, which):
+    record = grow_checkpoint(REPO, tmp_path / "grown", revision=revision, **GROWTH)
+    assert weights_of(tmp_path / "grown") == local[which]
+    assert (record.parent, record.revision) == (REPO, hub.commits_of_test[which].oid)
+    assert AutoTokenizer.from_pretrained(tmp_path / "grown").get_vocab() == {"a": 0, "b": 1}
+    assert not hub.leaked
+
+
+def test_what_training_left_in_a_repository_is_not_fetched(hub, tmp_path):
+    left = ("trainer_state.json", "optimizer.pt", "random_states_0.pkl", "checkpoint-5/model.safetensors")
+    hub.add(REPO, dict.fromkeys(left, b"{}"))
+    grow_checkpoint(REPO, tmp_path / "grown", **GROWTH)
+    assert not {path for path, _ in hub.served}.intersection(left)
+
+
+@pytest.mark.parametrize("low_disk", [False, True])
+def test_what_the_hub_does_not_give_is_said_without_the_token(hub, tmp_path, monkeypatch, low_disk):
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    hub.add("org/private", {"config.json": b"{}"}, private=True)
+    hub.add("org/pickled", {"config.json": b"{}", "pytorch_model.bin": b""})
+    for repo, revision, words in [
+        ("org/private", None, "private or gated"),
+        ("org/none", None, "404"),
+        (REPO, "v9", "Revision Not Found"),
+        ("no id", None, "no folder, and the Hub does not give it"),
+        ("org/pickled", None, "neither model.safetensors nor"),
+    ]:
+        with pytest.raises(WarmstartError, match=words) as caught:
+            grow_checkpoint(repo, tmp_path / "grown", revision=revision, low_disk=low_disk, width=2)
+        assert repo in str(caught.value)
+        assert "hf_wrong" not in str(caught.value)
+    assert not any(tmp_path.glob("*grown*"))
+
+
+def test_a_private_repository_is_read_with_its_token(hub, models, tmp_path):
+    hub.add("org/private", bytes_of(models[0]), private=True)
+    for low_disk in (False, True):
+        record = grow_checkpoint("org/private", tmp_path / str(low_disk), low_disk=low_disk, **GROWTH)
+        assert record.parent == "org/private"
+    assert not hub.leaked
+
+
+@pytest.mark.parametrize("low_disk", [False, True])
+def test_a_broken_connection_is_said_and_the_run_after_finishes(hub, local, tmp_path, low_disk):
+    hub.broken.add("model-00004-of-00006.safetensors")
+    with pytest.raises(CheckpointError, match="connection to the Hub broke"):
+        grow_checkpoint(REPO, tmp_path / "grown", low_disk=low_disk, **GROWTH)
+    assert not (tmp_path / "grown").exists()
+    hub.broken.clear()
+    hub.served.clear()
+    grow_checkpoint(REPO, tmp_path / "grown", low_disk=low_disk, **GROWTH)
+    assert weights_of(tmp_path / "grown") == local[1]
+    assert 1 <= len(whole_files(hub)) < 6
+    assert not any(tmp_path.glob(".grown*"))
+
+
+def test_a_signed_address_stays_out_of_messages(hub, tmp_path):
+    hub.forbidden = True
+    with pytest.raises(WarmstartError) as caught:
+        grow_checkpoint(REPO, tmp_path / "grown", **GROWTH)
+    assert "403" in str(caught.value)
+    assert "second-host" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_what_is_cached_is_grown_offline(hub, tmp_path, monkeypatch):
+    grow_checkpoint(REPO, tmp_path / "online", **GROWTH)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    grow_checkpoint(REPO, tmp_path / "offline", **GROWTH)
+    assert bytes_of(tmp_path / "offline") == bytes_of(tmp_path / "online")
+    assert not hub.requests
+    with pytest.raises(WarmstartError, match=r"(?i)offline"):
+        grow_checkpoint(REPO, tmp_path / "low", low_disk=True, **GROWTH)
+    with pytest.raises(WarmstartError, match=r"(?i)offline|outgoing traffic"):
+        grow_checkpoint("org/other", tmp_path / "other", **GROWTH)
+
+
+# -- with little disk -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("growth", "at_most", "fetches"),
+    [({}, 3, 6), ({"depth": 2}, 3, 6), ({"depth": 2, "depth_operator": "stack"}, 4, 12)],
+)
+def test_low_disk_gives_the_same_bytes_and_keeps_few_files(hub, models, tmp_path, growth, at_most, fetches):
+    store = tmp_path / ".grown.fetched"
+    growth = {**GROWTH, **growth}
+    seen = []
+
+    def there(path: str, nbytes: int) -> None:
+        if path in whole:
+            lying = [file for pattern in ("*.safetensors", "*.incomplete") for file in store.rglob(pattern)]
+            seen.append(nbytes + sum(file.stat().st_size for file in lying))
+
+    whole = {name: len(content) for name, content in hub.commits_of_test[1].files.items() if name.endswith("tensors")}
+    prepared = prepare_growth(REPO, tmp_path / "grown", low_disk=True, **growth)
+    traffic, at_once = prepared.fetched_bytes
+    hub.on_serve = there
+    hub.served.clear()
+    record = prepared.run()
+    prepared.close()
+    grow_checkpoint(models[1], tmp_path / "local", **growth)
+    assert weights_of(tmp_path / "grown") == weights_of(tmp_path / "local")
+    assert len(whole_files(hub)) == fetches
+    assert traffic == sum(whole[name] for name in whole_files(hub))
+    assert max(seen) <= at_once <= at_most * max(whole.values()) < sum(whole.values())
+    assert not any(tmp_path.glob(".grown*"))
+    assert not any(Path(constants.HF_HUB_CACHE).rglob("*.safetensors"))
+    assert not hub.leaked
+    # The commit says which parent it was.
+    assert (record.parent, record.revision, record.parent_digest) == (REPO, hub.commits_of_test[1].oid, None)
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("grown", "local")]
+    for config in configs:
+        config["warmstart"][-1] |= {"parent": None, "revision": None, "parent_digest": None}
+    assert configs[0] == configs[1]
+
+
+def test_output_that_is_finished_is_not_fetched_for_again(hub, tmp_path):
+    hub.broken.add("model-00005-of-00006.safetensors")
+    with pytest.raises(CheckpointError, match="connection"):
+        grow_checkpoint(REPO, tmp_path / "grown", low_disk=True, **GROWTH)
+    assert any((tmp_path / ".grown.growing").glob("*.safetensors"))
+    assert not (tmp_path / ".grown.fetched").exists()
+    hub.broken.clear()
+    hub.served.clear()
+    grow_checkpoint(REPO, tmp_path / "grown", low_disk=True, **GROWTH)
+    assert "model-00005-of-00006.safetensors" in whole_files(hub)
+    assert "model-00001-of-00006.safetensors" not in whole_files(hub)
+
+
+def test_what_a_killed_run_left_is_not_trusted(hub, local, tmp_path):
+    store = tmp_path / ".grown.fetched"
+    store.mkdir()
+    (store / "model-00001-of-00006.safetensors").write_bytes(b"half a file")
+    grow_checkpoint(REPO, tmp_path / "grown", low_disk=True, **GROWTH)
+    assert weights_of(tmp_path / "grown") == local[1]
+    assert not store.exists()
+
+
+def test_a_file_with_another_checksum_is_refused(hub, tmp_path):
+    name = "model-00003-of-00006.safetensors"
+    content = bytearray(hub.commits_of_test[1].files[name])
+    content[-1] ^= 1
+    hub.swapped[name] = bytes(content)
+    with pytest.raises(CheckpointError, match=f"{name} .*another checksum"):
+        grow_checkpoint(REPO, tmp_path / "grown", low_disk=True, **GROWTH)
+    assert not (tmp_path / "grown").exists()
+    assert whole_files(hub).count(name) == 2
+
+
+def test_headers_are_checked_before_anything_is_fetched(hub, tmp_path):
+    name = "model-00002-of-00006.safetensors"
+    hub.swapped[name] = (10**9).to_bytes(8, "little") + hub.commits_of_test[1].files[name][8:]
+    with pytest.raises(CheckpointError, match=f"'{name}': a header of 1000000000 bytes"):
+        grow_checkpoint(REPO, tmp_path / "grown", low_disk=True, **GROWTH)
+    assert not whole_files(hub)
+
+
+def test_headers_are_those_of_the_files_however_long_they_are(hub, models, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_warmstart.checkpoints.low_disk.FIRST_BYTES", 9)
+    with (
+        HubShards(HubRepository.find(REPO), tmp_path / "store") as remote,
+        SafetensorsSource(models[1]) as local,
+    ):
+        assert remote.tensors == local.tensors
+        assert not whole_files(hub)
+        name = next(iter(local.tensors))
+        assert torch.equal(remote.read_rows(name, 1, 3), local.read_rows(name, 1, 3))
+    assert not (tmp_path / "store").exists()
+
+
+def test_small_files_are_checked_by_gits_own_sum(use_hub, models, local, tmp_path):
+    with MiniHub(lfs=False) as server:
+        use_hub(server)
+        server.add(REPO, bytes_of(models[0]))
+        grow_checkpoint(REPO, tmp_path / "grown", low_disk=True, **GROWTH)
+        assert weights_of(tmp_path / "grown") == local[0]
+        name = "model-00001-of-00006.safetensors"
+        server.swapped[name] = models[1].joinpath(name).read_bytes()
+        with pytest.raises(CheckpointError, match="another checksum"):
+            grow_checkpoint(REPO, tmp_path / "again", low_disk=True, **GROWTH)
+
+
+def test_room_is_asked_for_the_files_that_are_fetched(hub, tmp_path, monkeypatch):
+    growth = prepare_growth(REPO, tmp_path / "grown", low_disk=True, **GROWTH)
+    needed = growth.output_bytes + growth.fetched_bytes[1]
+    hub.served.clear()
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=needed - 1, f_frsize=1))
+    with pytest.raises(CheckpointError, match=f"takes {needed} more bytes"):
+        growth.run()
+    growth.close()
+    assert not hub.served
+    assert not any(tmp_path.glob("*grown*"))
+
+
+def test_a_folder_has_its_files_already(models, tmp_path):
+    with pytest.raises(WarmstartError, match=r"low_disk=True .* is a folder"):
+        grow_checkpoint(models[0], tmp_path / "grown", low_disk=True, width=2)
+
+
+def test_the_command_says_what_would_be_fetched(hub, tmp_path, capsys):
+    command = ["grow", REPO, str(tmp_path / "grown"), "--width", "2", "--max-shard-size", "80KB", "--low-disk"]
+    assert main([*command, "--dry-run", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    weights = sum(len(c) for name, c in hub.commits_of_test[1].files.items() if name.endswith(".safetensors"))
+    assert said["fetched_bytes"] == weights
+    assert 0 < said["fetched_bytes_at_once"] < weights
+    assert main(command) == 0
+    assert (tmp_path / "grown" / "config.json").is_file()
