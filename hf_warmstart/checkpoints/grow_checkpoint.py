@@ -22,7 +22,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -236,15 +236,16 @@ def prepare_growth(
             check_weights(folder)
         check_size(model_class, config, folder)
     plan = make_plan(model_class, config, asked)
-    training = TrainingFiles.of(folder, plan, state_policy)
-    if sharded:
-        return CheckpointGrowth(plan, folder, target, ShardedWeights(plan, folder), training, pieces(None, threads))
-    weights = whole_weights(plan, folder, commit, shard_bytes, shards)
-    try:
-        sizes = pieces(max_memory, threads, weights.floor)
-    except BaseException:
-        weights.close()
-        raise
+    with ExitStack() as opened:
+        weights: StreamedWeights | LoadedWeights | ShardedWeights
+        if sharded:
+            weights, sizes = ShardedWeights(plan, folder), pieces(None, threads)
+        else:
+            weights = whole_weights(plan, folder, commit, shard_bytes, shards)
+            opened.callback(weights.close)
+            sizes = pieces(max_memory, threads, weights.floor)
+        training = TrainingFiles.of(folder, plan, state_policy)
+        opened.pop_all()
     return CheckpointGrowth(plan, folder, target, weights, training, sizes)
 
 
