@@ -28,7 +28,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, WEIGHTS_INDEX_NAME, WEIGH
 from ..errors import CheckpointError, ExactnessError, UntraceableError
 from ..growth.grow import grow
 from ..growth.plan import RECORD_KEY, GrowthPlan, GrowthRecord
-from ..growth.source import digest, parent_name
+from ..growth.source import UNQUANTISED, digest, parent_name, quantisation
 from ..growth.twin import FAULTS, build
 from ..hub.facts import certify_record
 from ..hub.save import description, save_grown
@@ -243,9 +243,8 @@ class LoadedWeights:
     @property
     def floor(self) -> int:
         """Bytes that are in memory together."""
-        return (
-            self.plan.output_bytes + self.plan.parameters_before * self.plan.output_bytes // self.plan.parameters_after
-        )
+        tensors = self.plan.tensor_bytes
+        return tensors + tensors * self.plan.parameters_before // self.plan.parameters_after
 
     def digest(self, pieces: Pieces) -> str:
         """sha256 over the parent's tensors, which is loaded."""
@@ -357,22 +356,13 @@ def refuse_quantised(config: PreTrainedConfig, folder: Path, shards: Callable[[]
     Raises:
         CheckpointError: the config says so, or the files hold eight-bit floats.
     """
-    ways = (
-        "Load the model unquantised (from_pretrained with quantization_config removed, or model.dequantize()), save it in "
-        "bfloat16 and grow that; quantise the grown model anew."
-    )
-    if (quantised := getattr(config, "quantization_config", None)) is not None:
-        method = (
-            quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
-        )
-        raise CheckpointError(
-            f"The weights are quantised ({method or 'quantization_config'}), and no map follows that. {ways}"
-        )
+    if (method := quantisation(config)) is not None:
+        raise CheckpointError(f"The weights are quantised ({method}), and no map follows that. {UNQUANTISED}")
     if shards is None and not has_safetensors(folder):
         return
     with (shards or partial(SafetensorsSource, folder))() as source:
         odd = sorted(n for n, t in source.tensors.items() if t.dtype.is_floating_point and t.dtype.itemsize == 1)
     if odd:
         raise CheckpointError(
-            f"{len(odd)} tensors are FP8 ({', '.join(odd[:3])}), and no map follows their scales. {ways}"
+            f"{len(odd)} tensors are FP8 ({', '.join(odd[:3])}), and no map follows their scales. {UNQUANTISED}"
         )

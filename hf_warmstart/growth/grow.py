@@ -14,7 +14,15 @@ from .config import GrowthConfig
 from .layouts.moves import REFUSALS
 from .layouts.probe import output_of, probe_inputs
 from .plan import RECORD_KEY, GrowthPlan, make_plan
-from .source import check_model, class_and_config, digest, parent_name, parent_revision
+from .source import (
+    UNQUANTISED,
+    check_model,
+    class_and_config,
+    digest,
+    parent_name,
+    parent_revision,
+    quantisation,
+)
 from .twin import default_dtype
 
 TAG = "hf_warmstart"
@@ -32,7 +40,8 @@ def plan_growth(
     """Plan a growth without touching a weight.
 
     Args:
-        source: a model, a config, a folder or a Hub id.
+        source: a model, a config, a folder or a Hub id. Of a quantised one the plan is for the model without that, with
+            a warning: quantised weights are not grown.
         growth_config: what to grow; or its fields as keywords; or the target's config.
         **options: fields of `GrowthConfig`, or sizes by their transformers names (`hidden_size=768`).
 
@@ -51,7 +60,14 @@ def plan_growth(
         (96, 6)
     """
     asked = GrowthConfig.of(growth_config, options)
-    return make_plan(*class_and_config(source), asked)
+    model_class, config = class_and_config(source)
+    if (method := quantisation(config)) is not None:
+        logger.warning(
+            "The weights are quantised (%s); this is the plan for the model without that. %s", method, UNQUANTISED
+        )
+        config = copy.deepcopy(config)
+        del config.quantization_config
+    return make_plan(model_class, config, asked)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import SizeError, WarmstartError
+from ..errors import CheckpointError, SizeError, UntraceableError, WarmstartError
 from ..version import __version__
 from .axes import SCALE
 from .child import built_child
@@ -35,6 +35,7 @@ from .transform import TensorGrowth
 from .twin import parent_shapes
 
 RECORD_KEY = "warmstart"
+WORK_BYTES = 16 * 2**20  # rows under way in float32, what they are drawn from, and what a forward pass leaves behind
 
 
 @dataclass(frozen=True)
@@ -252,14 +253,27 @@ class GrowthPlan:
         return self.parameters_after / self.parameters_before
 
     @property
-    def output_bytes(self) -> int:
-        """Bytes of the child's tensors in the parent's dtype."""
+    def tensor_bytes(self) -> int:
+        """Bytes of the child's tensors in memory, in the parent's dtype."""
         return self.parameters_after * _itemsize(self.source_config)
+
+    @cached_property
+    def output_bytes(self) -> int:
+        """Bytes of the safetensors files, with their index, that `save_pretrained` writes of the child, exactly.
+
+        Of a class that is loaded or saved in a way of its own: those of its tensors, without the files' headers.
+        """
+        from ..checkpoints.saved_bytes import saved_bytes  # growing knows of no disk
+
+        try:
+            return saved_bytes(self)
+        except (UntraceableError, CheckpointError):
+            return self.tensor_bytes
 
     @property
     def peak_memory_bytes(self) -> int:
-        """Memory that `grow` needs beside the parent: the child, and the largest tensor three times in float32."""
-        return self.output_bytes + 3 * 4 * max(math.prod(shape) for shape in self.target_shapes.values())
+        """Memory that `grow` needs beside the parent: the child, and what some rows are made with."""
+        return self.tensor_bytes + WORK_BYTES
 
     @property
     def exact(self) -> bool:

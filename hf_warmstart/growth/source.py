@@ -24,6 +24,11 @@ COUNTS = re.compile(rf"{COUNTS_LAYERS}|num_labels")
 MAX_COUNT = 100_000
 MAX_CONFIG_BYTES, MAX_NESTING = 50_000_000, 100
 
+UNQUANTISED = (
+    "Load the model unquantised (from_pretrained with quantization_config removed, or model.dequantize()), save it in "
+    "bfloat16 and grow that; quantise the grown model anew."
+)
+
 
 def class_and_config(
     source: PreTrainedModel | PreTrainedConfig | str | os.PathLike,
@@ -116,6 +121,15 @@ def check_model(model: object) -> None:
             f"{len(odd)} tensors of {type(model).__name__} are not plain tensors in memory (meta, sharded or wrapped): "
             f"{odd[:5]}. Load the whole model on one device."
         )
+
+
+def quantisation(config: PreTrainedConfig) -> str | None:
+    """How a config says that its weights are quantised; None where it does not."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return str(method or "quantization_config")
 
 
 def parent_name(config: PreTrainedConfig) -> str:

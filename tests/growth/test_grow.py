@@ -186,8 +186,8 @@ def test_the_plan_prints_as_a_table_and_counts_truly():
     child = grow(parent, width=2, depth=1.5)
     assert plan.parameters_before == parent.num_parameters()
     assert plan.parameters_after == child.num_parameters()
-    assert plan.output_bytes == 4 * child.num_parameters()
-    assert plan.peak_memory_bytes > plan.output_bytes
+    assert plan.tensor_bytes == 4 * child.num_parameters()
+    assert plan.peak_memory_bytes > plan.tensor_bytes
     text = str(plan)
     assert "hidden_size" in text and "64 -> 128" in text and "exact" in text
 
