@@ -22,7 +22,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -106,19 +106,29 @@ class CheckpointGrowth:
         return anonymous_memory() + self.pieces.peak
 
     def check_parent(self, record: GrowthRecord) -> None:
-        """Read the whole parent, and compare it with a record of its growth.
+        """Compare the parent with a record of its growth: its tensors, which are all read, or else its commit.
 
         Raises:
-            CheckpointError: its tensors are not those that were grown.
+            CheckpointError: it is not what was grown.
         """
-        if record.parent_digest is None or isinstance(self.weights, ShardedWeights):
+        weights = self.weights
+        at_hand = isinstance(weights, LoadedWeights) or (
+            isinstance(weights, StreamedWeights) and not isinstance(weights.source, HubShards)
+        )
+        commit = None if isinstance(weights, ShardedWeights) else weights.revision
+        if at_hand and record.parent_digest is not None:
+            found, expected, what = weights.digest(self.pieces), record.parent_digest, "tensors have the sha256"  # type: ignore[union-attr]
+        elif commit is not None and record.revision is not None:
+            found, expected, what = commit, record.revision, "commit is"
+        else:
             logger.warning(
-                "Shards, and their records, have no digest: whether this is the record's parent is not known."
+                "Whether this is the record's parent is not known: there is no digest or commit to compare."
             )
-        elif (found := self.weights.digest(self.pieces)) != record.parent_digest:
+            return
+        if found != expected:
             raise CheckpointError(
-                f"{self.folder} is not the parent that the record tells of: its tensors have the sha256 {found}, not "
-                f"{record.parent_digest}. Pass the parent as it was when it was grown"
+                f"{self.folder} is not the parent that the record tells of: its {what} {found}, not {expected}. Pass the "
+                "parent as it was when it was grown"
                 + (f": {record.parent}, revision {record.revision}." if record.revision else ".")
             )
 
@@ -226,15 +236,16 @@ def prepare_growth(
             check_weights(folder)
         check_size(model_class, config, folder)
     plan = make_plan(model_class, config, asked)
-    training = TrainingFiles.of(folder, plan, state_policy)
-    if sharded:
-        return CheckpointGrowth(plan, folder, target, ShardedWeights(plan, folder), training, pieces(None, threads))
-    weights = whole_weights(plan, folder, commit, shard_bytes, shards)
-    try:
-        sizes = pieces(max_memory, threads, weights.floor)
-    except BaseException:
-        weights.close()
-        raise
+    with ExitStack() as opened:
+        weights: StreamedWeights | LoadedWeights | ShardedWeights
+        if sharded:
+            weights, sizes = ShardedWeights(plan, folder), pieces(None, threads)
+        else:
+            weights = whole_weights(plan, folder, commit, shard_bytes, shards)
+            opened.callback(weights.close)
+            sizes = pieces(max_memory, threads, weights.floor)
+        training = TrainingFiles.of(folder, plan, state_policy)
+        opened.pop_all()
     return CheckpointGrowth(plan, folder, target, weights, training, sizes)
 
 

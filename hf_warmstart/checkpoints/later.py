@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..errors import StateError, WarmstartError
+from ..errors import CheckpointError, StateError, WarmstartError
 from .placement import Rows, from_rows, rows_of
 
 
@@ -47,7 +47,7 @@ def save_sharded(state: dict[str, Any], folder: Path, mesh: DeviceMesh | None) -
 
     Raises:
         WarmstartError: a tensor could not be made. OSError: `folder` cannot be made.
-        CheckpointException: torch's, where anything else fails in writing.
+        CheckpointError: anything else failed in writing.
     """
     makers: dict[tuple[Any, ...], Callable[[], Tensor]] = {}
     planned = _planned(state, (), mesh, makers)
@@ -61,7 +61,10 @@ def save_sharded(state: dict[str, Any], folder: Path, mesh: DeviceMesh | None) -
             causes = [cause for cause, _ in fault.failures.values()]
             if all(isinstance(cause, WarmstartError) for cause in causes):
                 raise StateError("; ".join(sorted({str(cause) for cause in causes}))) from fault
-            raise
+            problems = sorted({f"{type(cause).__name__}: {cause}." for cause in causes})
+            raise CheckpointError(
+                f"{folder.name} could not be written. Make room or mend the disk, and run again:", problems
+            ) from fault
 
 
 def _planned(value: Any, keys: tuple[Any, ...], mesh: DeviceMesh | None, makers: dict) -> Any:

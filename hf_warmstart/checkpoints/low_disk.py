@@ -167,7 +167,7 @@ class HubShards(SafetensorsSource):
 
     def room(self, needs: Sequence[frozenset[str]]) -> int:
         """The most bytes on the disk at once, for output files that need these."""
-        after = [*needs[1:], frozenset()]
+        after = [*needs, frozenset()][1:]
         return max((self._nbytes(now | then) for now, then in zip(needs, after, strict=True)), default=0)
 
     def traffic(self, needs: Sequence[frozenset[str]]) -> int:

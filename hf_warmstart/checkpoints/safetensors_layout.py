@@ -102,11 +102,6 @@ def folder_layout(
     return FolderLayout(tuple(files), (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
 
 
-def check_shard_size(max_shard_size: str | int) -> None:
-    """Raise `CheckpointError` where a size of files cannot be read."""
-    folder_layout({"any": (torch.float32, ())}, max_shard_size)
-
-
 def folder_bytes(
     tensors: Mapping[str, TensorSpec],
     max_shard_size: str | int = "5GB",

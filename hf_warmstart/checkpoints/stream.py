@@ -23,6 +23,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ..errors import CheckpointError
 from ..growth.matrix import Totals
 from ..growth.plan import GrowthPlan
 from ..growth.transform import TensorGrowth, matrix_shape
@@ -43,6 +44,16 @@ class ParentWeights:
 
     def __init__(self, source: SafetensorsSource, view: Mapping[str, Assembled]):
         self._source, self._view = source, view
+        self._stopped = False
+
+    @contextmanager
+    def needed(self) -> Iterator[None]:
+        """Context whose faults end a digest that is under way, so that nobody waits for it."""
+        try:
+            yield
+        except BaseException:
+            self._stopped = True
+            raise
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
@@ -77,6 +88,8 @@ class ParentWeights:
             assembled = self._view[name]
             total.update(f"{name} {assembled.dtype} {tuple(assembled.shape)}\n".encode())
             for start, stop in blocks_of(assembled, block_bytes):
+                if self._stopped:
+                    raise CheckpointError("The parent's digest was given up.")
                 rows = self.rows(name, start, stop)
                 total.update(rows.flatten().view(torch.uint8).numpy().data if rows.numel() else b"")
         return total.hexdigest()

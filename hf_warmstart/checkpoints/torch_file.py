@@ -25,6 +25,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import StateError
+from ..growth.twin import FAULTS
 
 # Of a zip's local header: its bytes, and where it has the lengths of what follows (APPNOTE.TXT 4.3.7).
 LOCAL, LOCAL_LENGTHS = 30, 26
@@ -81,7 +82,10 @@ def readable(path: Path) -> Iterator[None]:
     except pickle.UnpicklingError as fault:
         # torch's own message advises to load it all the same, and so to run whatever the file says.
         raise StateError(f"{path.name} is damaged, or holds more than plain tensors and numbers.") from fault
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as fault:
+    except StateError:
+        raise
+    except (*FAULTS, EOFError, struct.error, zipfile.BadZipFile) as fault:
+        # A damaged pickle fails in any way.
         raise StateError(f"{path.name} cannot be read as plain tensors and numbers: {fault}") from fault
 
 
@@ -187,6 +191,7 @@ class _Part(io.RawIOBase):
 
     def __init__(self, file: OpenFile, begin: int, size: int):
         self._file, self._begin, self._size, self._at = file, begin, size, 0
+        self.fault: StateError | None = None  # torch's reader keeps the words of none that is raised in it
 
     def readable(self) -> bool:
         return True
@@ -200,7 +205,11 @@ class _Part(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         count = max(0, min(len(buffer), self._size - self._at))
-        self._file.fill(memoryview(buffer)[:count], self._begin + self._at)
+        try:
+            self._file.fill(memoryview(buffer)[:count], self._begin + self._at)
+        except StateError as fault:
+            self.fault = fault
+            raise
         self._at += count
         return count
 
@@ -208,10 +217,15 @@ class _Part(io.RawIOBase):
 def _described(file: OpenFile, begin: int = 0, size: int | None = None) -> Any:
     """What `torch.save` wrote into a file, or a part of one, with a `StoredTensor` for each tensor."""
     part = _Part(file, begin, file.size if size is None else size)
-    with readable(file.path), io.BufferedReader(part) as opened:
-        with FakeTensorMode():
-            tree = torch.load(opened, map_location="cpu", weights_only=True)
-        records = _records(file, opened)
+    try:
+        with readable(file.path), io.BufferedReader(part) as opened:
+            with FakeTensorMode():
+                tree = torch.load(opened, map_location="cpu", weights_only=True)
+            records = _records(file, opened)
+    except StateError as fault:
+        if part.fault is None:
+            raise
+        raise part.fault from fault
     return _placed(file, tree, records, begin)
 
 

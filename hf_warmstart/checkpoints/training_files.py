@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from torch import nn
@@ -94,13 +95,13 @@ class TrainingFiles:
         is_bin = optimizer_file(self.folder) == self.folder / OPTIMIZER_NAME_BIN
         return OPTIMIZER_NAME_BIN if is_bin else OPTIMIZER_NAME
 
-    @property
+    @cached_property
     def _named(self) -> bool:
         """Whether that file has its state by name, as that of an FSDP model has."""
         file = optimizer_file(self.folder)
         return file is not None and any(isinstance(name, str) for name in load_file(file)["state"])
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the optimizer's file, exactly; 0 where there is none, or shards."""
         if self.state.optimizer is None or self.is_sharded:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from ..errors import CheckpointError, WarmstartError
+from ..errors import CheckpointError, UntraceableError, WarmstartError
 from ..growth.config import GrowthConfig
 from ..growth.plan import RECORD_KEY, GrowthPlan, GrowthRecord, make_plan
 from ..growth.source import class_and_config
@@ -143,39 +143,46 @@ def verify(
     record = last_record(folder)
     parent_folder = _parent_folder(parent, record)
     config, plan = _growth(folder, parent_folder, record)
-    with (
-        SafetensorsSource(parent_folder) as source,
-        SafetensorsSource(folder) as child,
-        ThreadPoolExecutor(1) as beside,
-    ):
-        weights = ParentWeights(source, loaded_view(plan.model_class, plan.source_config, source.specs))
-        digest = partial(weights.digest, BLOCK_BYTES)
-        digesting = beside.submit(digest) if blocks is None else None
-        grown = GrownWeights(plan, weights)
-        files = file_view(plan.model_class, plan.target_config, grown.dtypes()).tensors
+    with SafetensorsSource(parent_folder) as source, SafetensorsSource(folder) as child:
+        try:
+            weights = ParentWeights(source, loaded_view(plan.model_class, plan.source_config, source.specs))
+            grown = GrownWeights(plan, weights)
+            files = file_view(plan.model_class, plan.target_config, grown.dtypes()).tensors
+        except UntraceableError as error:
+            raise UntraceableError(
+                f"{plan.model_class.__name__} is grown in memory, so no part of it can be made anew alone: {error} Grow it "
+                f"again (hf-warmstart grow {parent_folder} NEW --record {folder}) and compare the files."
+            ) from error
         expected = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in files.items()}
         common = [name for name in files if child.specs.get(name) == expected[name]]
-        every = [check for name in common for check in _block_checks(name, files[name], grown, child)]
-        numbers = range(len(every))
+        rows = [check for name in common for check in _row_checks(name, files[name], grown, child)]
+        chosen = rows
         if blocks is not None:  # in the files' order, so that what is of a whole tensor is taken once
-            numbers = sorted(random.Random(seed).sample(numbers, min(blocks, len(every))))  # type: ignore[assignment]
-        chosen = [every[number] for number in numbers]
+            numbers = random.Random(seed).sample(range(len(rows)), min(blocks, len(rows)))
+            chosen = [rows[number] for number in sorted(numbers)]
         listed, present = checksums(folder), {tensor.file for tensor in child.tensors.values()}
         sums = [_file_check(folder, name, listed[name]) for name in sorted(present & set(listed))]
-        wrong = [*_failed([*sums, *chosen], progress)]
+        same = {name: name in present and name in listed for name in sorted(present | set(listed)) if listed}
         differing = {name for name in expected if name in child.tensors} - set(common)
-        differing |= {check.name for check in wrong if check not in sums}
-        same_files = {name: name in present and name in listed for name in sorted(present | set(listed)) if listed}
-        unchanged = None
-        if record.parent_digest is not None and (digesting or differing):
-            unchanged = (digesting.result() if digesting else digest()) == record.parent_digest
+        with ThreadPoolExecutor(1) as beside, weights.needed():
+            digested = beside.submit(weights.digest, BLOCK_BYTES) if blocks is None else None
+            for check in _failed([*sums, *chosen], progress):
+                if check in sums:
+                    same[check.name] = False
+                else:
+                    differing.add(check.name)
+            if digested is None and differing:  # whose fault is it?
+                digested = beside.submit(weights.digest, BLOCK_BYTES)
+            unchanged = None
+            if digested is not None and record.parent_digest is not None:
+                unchanged = digested.result() == record.parent_digest
         source.check_unchanged()
         child.check_unchanged()
         return Verification(
-            same_files | {check.name: False for check in wrong if check in sums},
+            same,
             _different(config, plan.target_config),
             unchanged,
-            (len(chosen), len(every)),
+            (len(chosen), len(rows)),
             sorted(differing),
             sorted(set(files) - set(child.tensors)),
             sorted(set(child.tensors) - set(files)),
@@ -231,7 +238,7 @@ def _plain(settings: Any) -> Any:
     return [_plain(value) for value in settings] if isinstance(settings, (list, tuple)) else settings
 
 
-def _block_checks(name: str, tensor: Assembled, grown: GrownWeights, child: SafetensorsSource) -> Iterator[_Check]:
+def _row_checks(name: str, tensor: Assembled, grown: GrownWeights, child: SafetensorsSource) -> Iterator[_Check]:
     """Checks of a tensor's rows, block by block."""
     for start, stop in blocks_of(tensor, BLOCK_BYTES):
         nbytes = nbytes_of(tensor.dtype, (stop - start, *tensor.shape[-1:]))

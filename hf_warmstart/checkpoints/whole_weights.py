@@ -178,7 +178,7 @@ class StreamedWeights:
             todo = [(shard, self._needs(shard.layout)) for shard in sink.shards if not shard.done]
             staging.check_room(total - done + shards.room([files for _, files in todo]))
             shards.expect(todo)
-        with sink, ThreadPoolExecutor(1) as beside:
+        with sink, ThreadPoolExecutor(1) as beside, self.parent.needed():
             # It reads all tensors by their names: of files that come one by one, the commit in the record says as much.
             digested = None if shards is not None else beside.submit(self.digest, pieces)
             stream_weights(

@@ -9,10 +9,12 @@ import torch
 
 from hf_warmstart.checkpoints import whole_weights
 from hf_warmstart.growth.certify import Certificate
+from hf_warmstart.hub import save
 
 from ..models import some_tokens, tiny_model
 
-TINY = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+TINY = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+TINY |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
 GROWTH = {"width": 2, "threads": 1, "max_shard_size": 20_000}
 
 
@@ -23,10 +25,11 @@ def certify_nothing(config: object) -> Certificate:
 
 def do_not_certify(monkeypatch=None) -> None:
     """Take every growth for exact, in a test or in the whole process."""
-    if monkeypatch is None:
-        whole_weights.certify_record = certify_nothing
-    else:
-        monkeypatch.setattr(whole_weights, "certify_record", certify_nothing)
+    for module in (whole_weights, save):
+        if monkeypatch is None:
+            module.certify_record = certify_nothing
+        else:
+            monkeypatch.setattr(module, "certify_record", certify_nothing)
 
 
 def make_checkpoint(folder: Path) -> Path:

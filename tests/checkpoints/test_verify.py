@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +14,11 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from hf_warmstart import WarmstartError, grow
+from hf_warmstart.checkpoints import stream
 from hf_warmstart.checkpoints import verify as module
+from hf_warmstart.checkpoints.safetensors_source import SafetensorsSource
 from hf_warmstart.checkpoints.verify import verify
-from hf_warmstart.errors import CheckpointError
-from hf_warmstart.hub.save import save_grown
+from hf_warmstart.errors import CheckpointError, UntraceableError
 
 from ..models import FAMILIES, some_tokens, tiny_model
 from .folders import write_index
@@ -74,15 +77,14 @@ def test_an_untouched_growth_verifies(once, blocks):
 def test_a_model_that_was_grown_in_memory_and_saved_verifies(parent, tmp_path):
     child = grow(AutoModelForCausalLM.from_pretrained(parent, dtype=torch.bfloat16), width=1.5, depth=2)
     AutoModelForCausalLM.from_pretrained(parent, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
-    save_grown(child, tmp_path / "grown")
+    child.save_pretrained(tmp_path / "grown")
     found = verify(tmp_path / "grown", tmp_path / "half", blocks=None)
     assert found.ok and found.parent_unchanged and found.files == {}
     assert found.reason.startswith("growth.json has no checksums; ")
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=() if f == "mixtral" else pytest.mark.slow) for f in FAMILIES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_verifies(family, tmp_path):
     tiny_model(family).save_pretrained(tmp_path / "parent")
     grow_folder(tmp_path / "parent", tmp_path / "grown", width=2, depth=1.5, width_operator="exact_copy")
@@ -275,6 +277,36 @@ def test_a_chain_that_was_grown_in_memory_says_how_it_is_made_anew(once, tmp_pat
     child.save_pretrained(tmp_path / "grown")
     with pytest.raises(WarmstartError, match="grown 2 times in memory"):
         verify(tmp_path / "grown", once / "parent")
+
+
+def test_a_class_that_is_grown_in_memory_says_how_it_is_compared(once, monkeypatch):
+    def untraceable(*args):
+        raise UntraceableError("Why not.")
+
+    monkeypatch.setattr(module, "file_view", untraceable)
+    with pytest.raises(
+        UntraceableError, match="Why not. Grow it again .hf-warmstart grow .*/parent NEW --record .*/grown"
+    ):
+        verify(once / "grown", once / "parent")
+
+
+def test_a_fault_does_not_wait_for_the_parents_digest(once, monkeypatch):
+    told = []
+
+    class Slow:
+        def update(self, data):
+            told.append(len(data))
+            time.sleep(0.2)
+
+    def fault(done, total):
+        raise KeyboardInterrupt
+
+    with SafetensorsSource(once / "parent") as source:
+        specs = source.specs
+    monkeypatch.setattr(stream, "hashlib", SimpleNamespace(sha256=Slow))
+    with pytest.raises(KeyboardInterrupt):
+        verify(once / "grown", once / "parent", blocks=None, progress=fault)
+    assert 0 < len(told) < 2 * len(specs)
 
 
 def test_another_version_is_named_where_something_differs(once, grown):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -9,11 +10,16 @@ import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from hf_warmstart import GrowthConfig, GrowthRecord, grow_checkpoint
+from hf_warmstart import GrowthConfig, GrowthRecord, WarmstartError, grow_checkpoint
+from hf_warmstart.checkpoints import grow_checkpoint as grow_checkpoint_module
+from hf_warmstart.checkpoints.grow_checkpoint import prepare_growth
+from hf_warmstart.checkpoints.memory import Pieces
 from hf_warmstart.checkpoints.records import last_record
 from hf_warmstart.cli import grow, main, make_parser, progress, verify
 
@@ -177,7 +183,7 @@ def test_a_stopped_run_says_so_and_the_next_one_what_it_goes_on_from(parent, gro
         (["PARENT", "TARGET", "--width", "2", "--revision", "main"], "revision='main' is of a Hub id; "),
         (["PARENT", "TARGET", "--width", "2", "--threads", "0"], "threads=0 compute nothing"),
         (["PARENT", "TARGET", "--width", "2", "--max-memory", "much"], "max_memory='much' is no size"),
-        (["PARENT", "TARGET", "--width", "2", "--max-shard-size", "5XB"], "max_shard_size '5XB' is no size"),
+        (["PARENT", "TARGET", "--width", "2", "--max-shard-size", "5XB"], "max_shard_size='5XB' is no size"),
         (["PARENT", "TARGET", "--width", "1.3"], "width"),
         (["PARENT", "PARENT", "--width", "2"], "is not empty. Pass a new folder"),
         (["nowhere/at-all", "TARGET", "--width", "2"], "'nowhere/at-all' is no folder"),
@@ -202,9 +208,26 @@ def test_bad_input_is_one_message_and_exit_code_2(parent, grown, target, tmp_pat
 # -- growing again from a record --------------------------------------------------------------------------------------
 
 
-def test_a_record_makes_the_same_bytes_in_another_process_with_other_threads(once, parent, grown, target):
-    """And what it prints is plain where nobody looks."""
+def test_a_record_makes_the_same_bytes_with_other_threads_and_blocks(parent, grown, target, capsys, monkeypatch):
     assert last_record(grown).parent_digest is not None
+    monkeypatch.setattr(grow_checkpoint_module, "pieces", lambda *asked: Pieces(3, block=5000))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        command = ["grow", parent, target, "--record", grown, "--max-shard-size", SHARD, "--threads", "3"]
+        assert main(command) == 0
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    out, err = capsys.readouterr()
+    assert out.endswith(f" The files have the sha256 that {grown} lists.\n") and out.count("\n") == 1
+    assert err == "" and "\x1b" not in out
+    assert weights_in(target) == weights_in(grown)
+
+
+@pytest.mark.slow
+def test_a_record_makes_the_same_bytes_in_another_process_with_other_threads(parent, grown, target):
+    """And what it prints is plain where nobody looks."""
     command = [sys.executable, "-m", "hf_warmstart.cli", "grow", parent, target, "--record", grown]
     command += ["--max-shard-size", SHARD, "--threads", "3", "--max-memory", "2GB"]
     environment = os.environ | {"OMP_NUM_THREADS": "3", "HF_HUB_OFFLINE": "1"}
@@ -248,6 +271,20 @@ def test_a_dry_run_of_a_record_reads_the_parent(parent, grown, target, tmp_path,
     assert main(["grow", str(changed), target, "--record", grown, "--dry-run"]) == 2
     assert "its tensors have the sha256" in capsys.readouterr().err
     assert not Path(target).parent.exists()
+
+
+def test_without_a_digest_commits_are_compared(parent, grown, target, caplog):
+    record = last_record(grown)
+    growth = prepare_growth(parent, target, GrowthConfig.from_dict(record.growth_config))
+    with contextlib.closing(growth):
+        growth.check_parent(replace(record, parent_digest=None, revision="e" * 40))
+        assert "is not known" in caplog.text
+        growth.weights.revision = "e" * 40
+        caplog.clear()
+        growth.check_parent(replace(record, parent_digest=None, revision="e" * 40))
+        assert caplog.text == ""
+        with pytest.raises(WarmstartError, match="its commit is e+, not f+. .*, revision f+"):
+            growth.check_parent(replace(record, parent_digest=None, revision="f" * 40))
 
 
 # -- verify -----------------------------------------------------------------------------------------------------------
