@@ -22,7 +22,7 @@ BUFFERS, SMALLEST_BUFFERS = 64 * MIB, 4 * MIB
 WORK = 4 * 4 * CHUNK  # of a thread: carried, noise, what is drawn, in float32
 STATE_BLOCKS = 6  # a moment's block, what it is made of, and both in float32
 STATE_WORK = 4 * 8 * AVERAGED  # entries of a moment that are averaged at once, in float64, and what they are made of
-LIBRARIES = 48 * MIB  # what torch and the allocator take on the way
+LIBRARIES = 72 * MIB  # what torch, a certificate and the allocator take on the way, and do not give back
 AHEAD = 2  # blocks begun per thread
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 

@@ -102,7 +102,7 @@ def test_a_promise_of_memory_is_kept_and_foretold(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("with_state", [False, True])
-@pytest.mark.parametrize("max_memory", [None, "450MB", "800MB"])
+@pytest.mark.parametrize("max_memory", [None, "480MB", "800MB"])
 def test_memory_is_foretold_kept_and_flat_in_the_size_of_the_model(max_memory, with_state, tmp_path):
     options = {"width": 1.5, "width_operator": "reference_slice", "max_memory": max_memory}
     peaks = []
