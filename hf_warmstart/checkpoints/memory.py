@@ -24,6 +24,7 @@ STATE_BLOCKS = 6  # a moment's block, what it is made of, and both in float32
 STATE_WORK = 4 * 8 * AVERAGED  # entries of a moment that are averaged at once, in float64, and what they are made of
 LIBRARIES = 72 * MIB  # what torch, a certificate and the allocator take on the way, and do not give back
 AHEAD = 2  # blocks begun per thread
+MOST_THREADS = 8  # unless more are asked for: a disk is not faster than that
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -56,7 +57,7 @@ def pieces(max_memory: str | int | None, threads: int | None, floor: int = 0) ->
     Args:
         max_memory: the most anonymous memory that the process may take, all it has included; None for pieces that are as
             fast as larger ones.
-        threads: None for one for each processor.
+        threads: None for one for each processor, at most `MOST_THREADS`.
         floor: bytes of the largest block that cannot be made smaller.
 
     Raises:
@@ -64,7 +65,7 @@ def pieces(max_memory: str | int | None, threads: int | None, floor: int = 0) ->
     """
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise WarmstartError(f"threads={threads!r} compute nothing. Pass a whole number, 1 or more.")
-    threads = threads or processors()
+    threads = threads or min(processors(), MOST_THREADS)
     made = Pieces(threads, floor=floor)
     if max_memory is None:
         return made

@@ -47,7 +47,9 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--state-policy", default="carry", choices=["carry", "asymmetric_reset", "reset"])
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default: %(default)s)")
     parser.add_argument("--max-memory", metavar="SIZE", help="the most memory that the process may take, such as 2GB")
-    parser.add_argument("--threads", type=int, metavar="N", help="that compute (default: one for each processor)")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="that compute (default: one for each processor, at most 8)"
+    )
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     parser.add_argument(
         "--low-disk", action="store_true", help="fetch a Hub id's files of weights one by one, and drop each after use"

@@ -103,9 +103,10 @@ def run_killed(folder: Path, kills: int, seed: int) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@SLOW
 def test_growths_that_are_killed_run_again_to_the_same_bytes(tmp_path):
-    outcome = run_killed(tmp_path, 4, seed=0)
-    assert outcome["faults"] == [] and outcome["killed"] >= 2, outcome
+    outcome = run_killed(tmp_path, 2, seed=0)
+    assert outcome["faults"] == [] and outcome["killed"] >= 1, outcome
     assert sum(outcome["kept"]) > 0, outcome
 
 

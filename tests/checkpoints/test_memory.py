@@ -93,6 +93,7 @@ def check_stream(tmp_path: Path, parent: Path, options: dict) -> Watched:
     return found
 
 
+@pytest.mark.slow
 def test_a_promise_of_memory_is_kept_and_foretold(tmp_path):
     small = SIZES | {"hidden_size": 512, "intermediate_size": 1408}
     parent = make_parent(tmp_path / "parent", 2, small)
