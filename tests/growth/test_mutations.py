@@ -53,7 +53,7 @@ INSIDE: dict[str, dict[str, int]] = {
     "opt": {"hidden_size": 128, "word_embed_proj_dim": 128},
     "t5": {"d_kv": 24},
 }
-QUICK = ("gemma2", "gpt2")
+QUICK = ("gemma2",)
 # What a space may be mistaken for: kinds whose maps keep less.
 LOOSER: dict[Kind, tuple[Kind, ...]] = {
     "layer_normed": ("rms_normed", "linear"),

@@ -187,7 +187,7 @@ def test_100_steps_of_every_optimizer_with_an_exact_rule_equal_the_parents(optim
     assert largest_norm > MAX_NORM
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "muon, rms"])
+@pytest.mark.parametrize("optimizer", ["muon", pytest.param("muon, rms", marks=pytest.mark.slow)])
 def test_muon_follows_to_the_rounding_of_its_bfloat16_iteration_and_only_with_its_state(optimizer):
     """Its Newton-Schulz iteration runs in bfloat16, so it is not called exact."""
     worst, _ = follow("llama", carry=True, steps=20, optimizer=optimizer)
