@@ -161,7 +161,7 @@ def mergekit(python: str, source: Path, work: Path) -> Callable[[Path], list[str
     command = [
         str(Path(python).with_name("mergekit-yaml")),
         str(recipe),
-        "{}",
+        "{0}",
         "--clone-tensors",
         "--out-shard-size",
         "500M",
