@@ -16,11 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
-from transformers.utils import SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
 from ..errors import CheckpointError, UntraceableError
@@ -44,16 +42,6 @@ class FileView:
 
     tensors: dict[str, Assembled]
     storages: dict[str, tuple[int, int]]
-
-    def split(self, max_shard_size: str | int = "5GB") -> StateDictSplit:
-        """Which tensor goes to which of the safetensors files."""
-        return split_state_dict_into_shards_factory(
-            self.storages,
-            get_storage_size=lambda storage: storage[1],
-            get_storage_id=lambda storage: storage,
-            filename_pattern=SAFE_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors"),
-            max_shard_size=max_shard_size,
-        )
 
 
 def loaded_view(

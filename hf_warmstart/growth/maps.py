@@ -114,10 +114,6 @@ class SpaceMap:
             self, source=self.source[part], write=self.write[part], read=self.read[part], mean=self.mean[part]
         )
 
-    def of_part(self, start: int, stop: int) -> SpaceMap:
-        """The map from some of the old coordinates, among which are all of its sources."""
-        return replace(self, n=stop - start, source=torch.where(self.unsourced, self.source, self.source - start))
-
     def check(self) -> None:
         """Raise unless `R^T W = I` to rounding (1e-12)."""
         error = (self.pull(self.dense_write(), 0, "read") - torch.eye(self.n, dtype=torch.float64)).abs().max()

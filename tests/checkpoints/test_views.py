@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
 from hf_warmstart.checkpoints.pieces import Assembled
+from hf_warmstart.checkpoints.safetensors_layout import folder_layout
 from hf_warmstart.checkpoints.views import file_view, loaded_view
 from hf_warmstart.errors import CheckpointError, UntraceableError
 from hf_warmstart.growth import zoo
@@ -99,7 +100,9 @@ def check_saved(loaded, folder) -> None:
     assert set(view.tensors) == set(files)
     assert [name for name, made in view.tensors.items() if not same(made, files[name], reader(state))] == []
     written = {path.name: set(load_file(path)) for path in folder.glob("*.safetensors")}
-    assert written == {name: set(names) for name, names in view.split("50KB").filename_to_tensors.items()}
+    specs = {name: (tensor.dtype, tensor.shape) for name, tensor in view.tensors.items()}
+    layout = folder_layout(specs, "50KB", storages=view.storages)
+    assert written == {file.name: set(file.tensors) for file in layout.files}
 
 
 def zoo_model(kind, model_type, dtype=torch.float32):
