@@ -31,7 +31,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from ..errors import CheckpointError, WarmstartError
 from ..growth.config import GrowthConfig
@@ -49,6 +48,7 @@ from .safetensors_source import leads_out
 from .sharded import is_sharded
 from .sharded_weights import SHARDED_MODEL, ShardedWeights
 from .staging import Staging, journal_path, staging_folder, write_faults
+from .trainer_files import OPTIMIZER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from .training_files import TrainingFiles
 from .whole_weights import LoadedWeights, StreamedWeights, check_weights, refuse_quantised, whole_weights
 

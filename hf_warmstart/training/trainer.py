@@ -28,6 +28,7 @@ from transformers.utils import CONFIG_NAME
 
 from .._compat import load_checkpoint_weights
 from ..checkpoints.parent_state import GROWN_NAME, OWN_STATE, ParentState, read_parent_state
+from ..checkpoints.set_aside import set_aside_for_us
 from ..errors import StateError, WarmstartError
 from ..growth.config import GrowthConfig
 from ..growth.coordinates import (
@@ -44,7 +45,7 @@ from ..hub.save import CARD_NAME
 from .arguments import WarmstartTrainingArguments
 from .carry import load_grown_state
 from .data_position import ContinuedSampler, SkippedOnce, add_places, place_in_data, samples_seen
-from .grown_adamw import GrownAdamW, set_aside_for_us
+from .grown_adamw import GrownAdamW
 from .schedules import check_decays, place_schedule, ramp_schedule, starting_position
 from .whole_checkpoints import WholeCheckpointsTrainer
 
