@@ -14,6 +14,7 @@ from hf_warmstart.growth import matrix, random
 from hf_warmstart.growth.fresh import Recipe, Step
 from hf_warmstart.growth.layout import TensorLayout
 from hf_warmstart.growth.maps import SpaceMap
+from hf_warmstart.growth.matrix import Totals
 from hf_warmstart.growth.operators.base import copy_map, even
 from hf_warmstart.growth.pairing import Pairing
 from hf_warmstart.growth.plan import GrowthPlan
@@ -89,6 +90,30 @@ def test_rows_joined_are_the_whole(family, growth, dtype):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_joined_are_the_whole_in_each_dtype(family, growth, dtype):
     assert _check(plan_growth(tiny_config(family), **GROWTHS[growth]), DTYPES[dtype]) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("operator", ["perturbed_copy", "exact_copy"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "phi3"])
+def test_short_ways_have_the_bits_of_the_long_one(family, operator, dtype, monkeypatch):
+    """Copies in pairs, and copies alone, are made by code of their own; what any growth can be made by is the measure."""
+    plan = plan_growth(tiny_config(family), width=2, width_operator=operator)
+    monkeypatch.setattr("hf_warmstart.growth.runs.SHORT", 1)  # so that the runs of tiny models are long
+    made, twins, copies = {}, 0, 0
+    for name in plan.names:
+        growth = plan.tensor(name)
+        made[name] = growth.weight(_parent(plan.shapes[plan.source_name(name)], dtype))
+        matrix_growth = growth._matrix
+        twins, copies = twins + (matrix_growth.twins is not None), copies + matrix_growth.plain
+    assert copies >= 5
+    assert (twins >= len(made) // 3) == (operator == "perturbed_copy"), f"{twins} of {len(made)}"
+    monkeypatch.setattr(matrix.Matrix, "twins", None)
+    monkeypatch.setattr(
+        matrix.Matrix, "_copy", lambda m, parent, *rows: m._carry(parent, *rows[:2], Totals(), rows[2])
+    )
+    for name, whole in made.items():
+        growth = plan.tensor(name)
+        assert torch.equal(growth.weight(_parent(plan.shapes[plan.source_name(name)], dtype)), whole), name
 
 
 def test_pieces_made_at_once_are_no_part_of_the_definition(monkeypatch):
