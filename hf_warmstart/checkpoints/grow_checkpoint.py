@@ -316,7 +316,8 @@ def grow_checkpoint(
         max_shard_size (`str` or `int`, defaults to `"5GB"`): of the safetensors files.
         max_memory (`str` or `int`, *optional*): the most anonymous memory that the process may take, such as `"2GB"`, what it
             has already included. By default pieces of some megabytes, whatever the model's size.
-        threads (`int`, *optional*): that compute; by default one for each processor, at most eight. No byte depends on it.
+        threads (`int`, *optional*): that compute; by default one for each processor but one, which hashes and writes, at most
+            eight. No byte depends on it.
         revision (`str`, *optional*): branch, tag or commit of a Hub id; the record keeps the commit.
         low_disk (`bool`, defaults to `False`): of a Hub id, fetch a file of weights when it is needed and drop it again, rather
             than keep all in the Hub's cache: beside the new folder lie the few files that two of its own are made of. The
