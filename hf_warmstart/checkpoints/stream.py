@@ -33,6 +33,7 @@ from .safetensors_source import SafetensorsSource
 from .write_behind import Block
 
 Made = TypeVar("Made")
+READ_AHEAD = 3  # tensors that the system reads while others are made
 REMEMBERED = 32  # tensors whose maps are kept: more than are under way at once
 
 
@@ -64,6 +65,11 @@ class ParentWeights:
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows of a tensor's matrix form, of shape (stop - start, columns)."""
         return matrix_rows(self._view[name], start, stop, self._read)
+
+    def will_need(self, name: str) -> None:
+        """Have what a tensor is made of read ahead."""
+        for source in self._view[name].sources:
+            self._source.will_need(source)
 
     def read_into(self, name: str, start: int, stop: int, out: Tensor) -> None:
         """The same rows into memory of their shape and dtype: without a copy, where they lie so in a file."""
@@ -147,6 +153,11 @@ class GrownWeights:
         for name in names:
             self._growth(name)
 
+    def will_need(self, names: Iterable[str]) -> None:
+        """Have what these are made of read ahead."""
+        for name in names:
+            self._parent.will_need(self._plan.source_name(name))
+
     def largest_piece(self) -> int:
         """Bytes of the largest row, or of the largest tensor that is not made by rows."""
         sizes = [0]
@@ -216,9 +227,12 @@ def stream_weights(
 
     def work() -> Iterator[Callable[[], Block | Tensor | None]]:
         names = [(shard, name) for shard in todo for name in shard.layout]
-        for (shard, name), following in itertools.zip_longest(names, names[1:]):
-            if following is not None:  # so that no thread waits for it
-                yield partial(grown.prepare, files[following[1]].sources)
+        for number, (shard, name) in enumerate(names):
+            # So that no thread waits: for the disk, nor for another one.
+            for _, later in names[number + 1 : number + 1 + READ_AHEAD]:
+                grown.will_need(files[later].sources)
+            for _, following in names[number + 1 : number + 2]:
+                yield partial(grown.prepare, files[following].sources)
             yield from blocks_in(shard, name)
 
     with ahead(work(), threads, window) as results:

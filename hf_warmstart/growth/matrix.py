@@ -10,7 +10,7 @@ the tensor's dtype. So copies, and copies times a power of two, are exact in eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -26,6 +26,8 @@ from .runs import Along, ParentRows, ReadRows
 
 CHUNK = 1 << 19  # entries made at once, so that they stay in the processor's cache; no part of the definition
 TOTALS_CHUNK = 1 << 18  # entries added up at once: part of the definition of `Totals`
+SAMPLE = 1 << 20  # entries of which the size of noise is taken, within a thousandth; so is this
+SAMPLED_RUNS = 16  # runs of rows in which they lie; and this
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Totals:
     """What rows of a grown weight take from the whole of the parent's.
 
     Args:
-        noise: standard deviation of the noise, before it is made to cancel.
+        noise: standard deviation of the noise, before it is made to cancel. In proportion to the root mean square of what is
+            carried, which is taken over about a million of the parent's entries where there are more.
         mean: float64 (1, n), the mean of the parent's rows, where the child has rows that hold it.
     """
 
@@ -155,21 +158,33 @@ class Matrix:
     # -- of the whole ---------------------------------------------------------------------------------------------
 
     def totals(self, read: ReadRows) -> Totals:
-        """What rows take from the whole parent's tensor, which is read once, in pieces, where anything is needed."""
+        """What rows take from the parent's tensor beside their own rows, of which it reads what is needed, in pieces."""
         if self.paired is None and not self.rows.makes_means:
             return Totals()
-        squares, sums = 0.0, None
-        step = max(1, TOTALS_CHUNK // max(1, self.columns.n))
-        for low in range(0, self.rows.n, step):
-            block = read(low, min(low + step, self.rows.n))
-            if self.rows.makes_means:
-                part = folded(block.double().clone(), 0)
-                sums = part if sums is None else sums + part
-            if self.paired is not None:
-                squares += self._weighted_square(block, low)
-        carried = self.rows.carried * self.columns.carried
+        squares, carried = 0.0, 0.0
+        if self.paired is not None:
+            for low, high in self._sampled():
+                squares += self._weighted_square(read(low, high), low)
+                carried += float(self.rows.copies[low:high].sum()) * self.columns.carried
         deviation = self.noise * abs(self.factor) * (squares / max(1, carried)) ** 0.5
-        return Totals(deviation, None if sums is None else sums / self.rows.n)
+        return Totals(deviation, self._mean_row(read) if self.rows.makes_means else None)
+
+    def _sampled(self) -> Iterator[tuple[int, int]]:
+        """The parent's rows over which the root mean square is taken: all, or some runs of them, evenly spread."""
+        wanted, whole = -(-SAMPLE // max(1, self.columns.n)), self.rows.n
+        length = whole if whole <= wanted else -(-wanted // SAMPLED_RUNS)
+        firsts = [0] if whole <= wanted else [k * (whole - length) // (SAMPLED_RUNS - 1) for k in range(SAMPLED_RUNS)]
+        step = max(1, TOTALS_CHUNK // max(1, self.columns.n))
+        for first in firsts:
+            for low in range(first, first + length, step):
+                yield low, min(low + step, first + length)
+
+    def _mean_row(self, read: ReadRows) -> Tensor:
+        """float64 (1, n): the mean of all the parent's rows."""
+        step = max(1, TOTALS_CHUNK // max(1, self.columns.n))
+        starts = range(0, self.rows.n, step)
+        sums = [folded(read(low, min(low + step, self.rows.n)).double().clone(), 0) for low in starts]
+        return sum(sums[1:], start=sums[0]) / self.rows.n
 
     def _weighted_square(self, block: Tensor, low: int) -> float:
         """The sum of the squares of all carried entries that come from some of the parent's rows."""
@@ -240,7 +255,7 @@ class Matrix:
             high = min(low + step, stop)
             rows = carried[: high - low]
             self._carried_rows(parent, low, high, rows)
-            noise = random.coarse_normal(
+            noise = random.noise(
                 (self.rows.m, draws),
                 seed,
                 "noise",
@@ -318,23 +333,22 @@ class Matrix:
         """Noise that cancels over the copies that the columns, or the rows, read."""
         seed, name = self.key
         if self.paired == 1:
-            shape = (self.rows.m, self.pairs.draws)
-            self._add_along_columns(out, random.coarse_normal(shape, seed, "noise", name, (start, stop)), deviation)
+            shape, size = (self.rows.m, self.pairs.draws), self.pairs.one_size
+            scale = 1.0 if size is None else size * deviation
+            drawn = random.noise(shape, seed, "noise", name, (start, stop), scale=scale)
+            self._add_along_columns(out, drawn, deviation)
             return
         shape = (self.pairs.draws, self.columns.m)
         for (_, factor), runs in zip(self.pairs.terms, self.pairs.runs, strict=True):
             for position, length, first in runs.between(start, stop):
                 if first >= 0:
-                    drawn = random.coarse_normal(shape, seed, "noise", name, (first, first + length)).to(out)
+                    drawn = random.noise(shape, seed, "noise", name, (first, first + length)).to(out)
                     out[position - start : position - start + length] += drawn.mul_(
                         float(factor[position]) * deviation
                     )
 
     def _add_along_columns(self, out: Tensor, drawn: Tensor, deviation: float) -> None:
-        drawn = drawn.to(out)
-        size = self.pairs.one_size
-        if size is not None:
-            drawn *= size * deviation
+        drawn, size = drawn.to(out), self.pairs.one_size
         for (index, factor), runs in zip(self.pairs.terms, self.pairs.runs, strict=True):
             if runs.short:
                 scale = factor.sign() if size is not None else factor * deviation

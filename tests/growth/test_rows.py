@@ -257,7 +257,7 @@ def test_the_size_of_noise_counts_each_entry_as_often_as_it_is_carried():
     assert totals.noise == pytest.approx(0.3 * float(carried.square().mean().sqrt()), rel=1e-12)
 
 
-@pytest.mark.parametrize("draw", [random.normal, random.coarse_normal, random.uniform])
+@pytest.mark.parametrize("draw", [random.normal, random.noise, random.uniform])
 def test_rows_of_draws_are_those_of_the_whole(draw):
     shape = (300, 7, 129)
     whole = draw(shape, 5, "s", "n")
@@ -265,17 +265,16 @@ def test_rows_of_draws_are_those_of_the_whole(draw):
         assert torch.equal(draw(shape, 5, "s", "n", (low, high)), whole[low:high])
 
 
-@pytest.mark.parametrize("draw", [random.normal, random.coarse_normal, random.uniform])
+@pytest.mark.parametrize("draw", [random.normal, random.noise, random.uniform])
 def test_draws_are_the_same_where_float32_means_float64(draw):
     usual = draw((5, 7), 0, "s", "n")
     with true_float64():
         assert torch.equal(draw((5, 7), 0, "s", "n").double(), usual.double())
 
 
-@pytest.mark.parametrize("draw", [random.normal, random.coarse_normal])
-def test_normal_numbers_are_normal(draw):
+def test_normal_numbers_are_normal():
     """Four standard errors of the first four moments, of the correlation of neighbours, and of the share beyond 3."""
-    values = draw((1 << 20,), 0, "s", "n").double()
+    values = random.normal((1 << 20,), 0, "s", "n").double()
     root = len(values) ** 0.5
     assert abs(float(values.mean())) < 4 / root
     assert abs(float(values.square().mean()) - 1) < 4 * 2**0.5 / root
@@ -284,6 +283,36 @@ def test_normal_numbers_are_normal(draw):
     assert abs(float((values[1:] * values[:-1]).mean())) < 4 / root
     share = 0.0026997960632601866
     assert abs(float((values.abs() > 3).double().mean()) - share) < 4 * share**0.5 / root
+
+
+def test_noise_is_uniform_of_mean_square_one():
+    """As above; the fourth moment of a uniform number of variance one is 9/5, its eighth 9."""
+    values = random.noise((1 << 20,), 0, "s", "n").double()
+    root = len(values) ** 0.5
+    assert abs(float(values.mean())) < 4 / root
+    assert abs(float(values.square().mean()) - 1) < 4 * 0.8**0.5 / root
+    assert abs(float(values.pow(4).mean()) - 1.8) < 4 * (9 - 1.8**2) ** 0.5 / root
+    assert abs(float((values[1:] * values[:-1]).mean())) < 4 / root
+    assert float(values.abs().max()) < 3**0.5 + 1e-4 and values.unique().numel() > 65000
+    every = torch.arange(-32768, 32768, dtype=torch.float64) * random.NOISE_UNIT
+    assert float(every.square().mean()) == pytest.approx(1, abs=1e-14)
+    assert torch.allclose(random.noise((999,), 0, "s", "n", scale=0.1).double(), values[:999] * 0.1, rtol=1e-6)
+
+
+def test_the_size_of_noise_in_large_tensors_is_taken_over_a_sample():
+    """Evenly spread: rows that grow in size from the first to the last are seen in proportion."""
+    maps = _copies(6000, 9000), _copies(1000, 2000)
+    tensor = _parent((6000, 1000), torch.float32) * torch.linspace(0.5, 1.5, 6000)[:, None]
+    seen = []
+
+    def read(start: int, stop: int) -> Tensor:
+        seen.append(stop - start)
+        return tensor[start:stop]
+
+    totals = _growth(maps, ("write", "read"), noise=0.3).totals(read)
+    carried = _growth(maps, ("write", "read"), noise=0.0).weight(tensor)
+    assert matrix.SAMPLE / 1000 <= sum(seen) < 1.1 * matrix.SAMPLE / 1000 + matrix.SAMPLED_RUNS
+    assert totals.noise == pytest.approx(0.3 * float(carried.double().square().mean().sqrt()), rel=0.01)
 
 
 def test_recipes_make_rows_of_padding_and_of_scattered_parts():
