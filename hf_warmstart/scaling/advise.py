@@ -126,7 +126,7 @@ def advise_growth(
 
         >>> advice = advise_growth(134.6e6, 2.7e9)
         >>> advice.advice, round(advice.growth_factor, 1), round(advice.upper_bound, 1)
-        ('grow', 2.1, 4.5)
+        ('grow', 2.1, 4.4)
 
     Source: arXiv 2605.13405 (laws and runs), arXiv 2405.15319 (depth).
     """
