@@ -18,16 +18,21 @@ if TYPE_CHECKING:
     from .growth.state import grow_optimizer_state
     from .growth.upcycle import upcycle
     from .hub import push_to_hub
+    from .scaling.advise import GrowthAdvice, advise_growth
+    from .scaling.laws import LossLaw
     from .training import WarmstartTrainer, WarmstartTrainingArguments
 
 _HOMES = {
     "Certificate": ".growth.certify",
+    "GrowthAdvice": ".scaling.advise",
     "GrowthConfig": ".growth.config",
     "GrowthPlan": ".growth.plan",
     "GrowthRecord": ".growth.plan",
+    "LossLaw": ".scaling.laws",
     "WarmstartError": ".errors",
     "WarmstartTrainer": ".training",
     "WarmstartTrainingArguments": ".training",
+    "advise_growth": ".scaling.advise",
     "certify": ".growth.certify",
     "grow": ".growth.grow",
     "grow_checkpoint": ".checkpoints.grow_checkpoint",
@@ -39,13 +44,16 @@ _HOMES = {
 
 __all__ = [
     "Certificate",
+    "GrowthAdvice",
     "GrowthConfig",
     "GrowthPlan",
     "GrowthRecord",
+    "LossLaw",
     "WarmstartError",
     "WarmstartTrainer",
     "WarmstartTrainingArguments",
     "__version__",
+    "advise_growth",
     "certify",
     "grow",
     "grow_checkpoint",
