@@ -44,6 +44,7 @@ def test_updates_of_activations_keep_their_size_under_mup_and_grow_under_one_rat
     assert one_rate.change["layer 1"][0] == with_mup.change["layer 1"][0]
 
 
+@SLOW
 @pytest.mark.parametrize(("transfer", "flat"), [("mup", True), (None, False)])
 def test_a_warmstart_trainer_moves_activations_alike_at_every_width(tmp_path, transfer, flat):
     """The same through `WarmstartTrainer`: its groups, schedule and clipping."""
