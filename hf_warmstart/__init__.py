@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .hub import push_to_hub
     from .scaling.advise import GrowthAdvice, advise_growth
     from .scaling.laws import LossLaw
+    from .scaling.predictor import HparamPredictor
+    from .scaling.recommendation import HparamRecommendation
     from .training import WarmstartTrainer, WarmstartTrainingArguments
 
 _HOMES = {
@@ -28,6 +30,8 @@ _HOMES = {
     "GrowthConfig": ".growth.config",
     "GrowthPlan": ".growth.plan",
     "GrowthRecord": ".growth.plan",
+    "HparamPredictor": ".scaling.predictor",
+    "HparamRecommendation": ".scaling.recommendation",
     "LossLaw": ".scaling.laws",
     "WarmstartError": ".errors",
     "WarmstartTrainer": ".training",
@@ -48,6 +52,8 @@ __all__ = [
     "GrowthConfig",
     "GrowthPlan",
     "GrowthRecord",
+    "HparamPredictor",
+    "HparamRecommendation",
     "LossLaw",
     "WarmstartError",
     "WarmstartTrainer",

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 
 from ..errors import WarmstartError
 from ..version import __version__
-from . import advise, certify, grow, plan, verify
+from . import advise, certify, fit, grow, plan, recommend, verify
 from .options import notice, notices
 
-COMMANDS = (plan, certify, grow, verify, advise)
+COMMANDS = (plan, certify, grow, verify, advise, fit, recommend)
 
 
 def make_parser() -> argparse.ArgumentParser:
