@@ -18,13 +18,18 @@ if TYPE_CHECKING:
     from .growth.state import grow_optimizer_state
     from .growth.upcycle import upcycle
     from .hub import push_to_hub
+    from .selection.candidates import Candidate
+    from .selection.report import SelectionReport
+    from .selection.select import select_warmstart
     from .training import WarmstartTrainer, WarmstartTrainingArguments
 
 _HOMES = {
+    "Candidate": ".selection.candidates",
     "Certificate": ".growth.certify",
     "GrowthConfig": ".growth.config",
     "GrowthPlan": ".growth.plan",
     "GrowthRecord": ".growth.plan",
+    "SelectionReport": ".selection.report",
     "WarmstartError": ".errors",
     "WarmstartTrainer": ".training",
     "WarmstartTrainingArguments": ".training",
@@ -34,14 +39,17 @@ _HOMES = {
     "grow_optimizer_state": ".growth.state",
     "plan_growth": ".growth.grow",
     "push_to_hub": ".hub",
+    "select_warmstart": ".selection.select",
     "upcycle": ".growth.upcycle",
 }
 
 __all__ = [
+    "Candidate",
     "Certificate",
     "GrowthConfig",
     "GrowthPlan",
     "GrowthRecord",
+    "SelectionReport",
     "WarmstartError",
     "WarmstartTrainer",
     "WarmstartTrainingArguments",
@@ -52,6 +60,7 @@ __all__ = [
     "grow_optimizer_state",
     "plan_growth",
     "push_to_hub",
+    "select_warmstart",
     "upcycle",
 ]
 

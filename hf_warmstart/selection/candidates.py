@@ -126,7 +126,9 @@ class Candidate:
         return hash(self.name)
 
     def __repr__(self) -> str:
-        return f"Candidate({self.name!r}, state_policy={self.state_policy!r}, schedule_policy={self.schedule_policy!r})"
+        return (
+            f"Candidate({self.name!r}, state_policy={self.state_policy!r}, schedule_policy={self.schedule_policy!r})"
+        )
 
 
 def candidate_pool(
@@ -197,4 +199,6 @@ def check_names(candidates: Iterable[Candidate]) -> None:
     if twice:
         raise WarmstartError(f"Candidates are told apart by their names, and {twice} are used more than once.")
     if len(names) < 2:
-        raise WarmstartError(f"{len(names)} candidates leave nothing to choose. Pass at least two, or None for the pool.")
+        raise WarmstartError(
+            f"{len(names)} candidates leave nothing to choose. Pass at least two, or None for the pool."
+        )

@@ -92,7 +92,8 @@ def escape(plan: GrowthPlan, now: Mapping[str, Tensor], start: Mapping[str, Tens
         The `Escape`; the tensors are untouched.
     """
     copies = copies_entries(plan)
-    whole, families = _Energies(), defaultdict(_Energies)
+    whole = _Energies()
+    families: dict[str, _Energies] = defaultdict(_Energies)
     for names in _by_source(plan).values():
         kept = [name for name in names if not _is_new_layer(plan, name)]
         states = {name: now[name] for name in names if now[name].is_floating_point()}

@@ -56,7 +56,9 @@ def outputs_of(model: nn.Module, batch: Batch) -> Outputs:
     wide = torch.promote_types(logits.dtype, torch.float32)
     rows = [state.reshape(-1, state.shape[-1]) for state in states]
     return Outputs(
-        float(made.loss), logits[keep].to(wide), tuple(row[keep].to(wide) if len(row) == len(logits) else row.to(wide) for row in rows)
+        float(made.loss),
+        logits[keep].to(wide),
+        tuple(row[keep].to(wide) if len(row) == len(logits) else row.to(wide) for row in rows),
     )
 
 
@@ -97,7 +99,8 @@ def zero_step_metrics(
         "kl": sum(divergence(a.logits, b.logits) for a, b in zip(before, after, strict=True)) / count,
         "kl_reverse": sum(divergence(b.logits, a.logits) for a, b in zip(before, after, strict=True)) / count,
         "max_logit_change": max(
-            float((b.logits[:, :columns] - a.logits[:, :columns]).abs().max()) for a, b in zip(before, after, strict=True)
+            float((b.logits[:, :columns] - a.logits[:, :columns]).abs().max())
+            for a, b in zip(before, after, strict=True)
         ),
         "rms_ratio": _rms_ratios(before, after, plan),
         "effective_rank": _rank(after),
@@ -112,7 +115,9 @@ def _rms_ratios(before: list[Outputs], after: list[Outputs], plan: GrowthPlan | 
     if len(before[0].hidden) != layers.before + 1 or len(after[0].hidden) != layers.after + 1:
         return []
     pairs = [(0, 0), *((new + 1, old + 1) for new, old in enumerate(layers.source))]
-    return [_rms([a.hidden[new] for a in after]) / max(_rms([b.hidden[old] for b in before]), 1e-30) for new, old in pairs]
+    return [
+        _rms([a.hidden[new] for a in after]) / max(_rms([b.hidden[old] for b in before]), 1e-30) for new, old in pairs
+    ]
 
 
 def _rms(states: list[Tensor]) -> float:

@@ -85,7 +85,9 @@ def probe(
     hidden = [made.hidden[-1].cpu() for made in outputs if made.hidden]
     return {
         "kl": _mean(divergence(p, made.logits.cpu()) for p, made in zip(baseline.parent, outputs, strict=True)),
-        "kl_reverse": _mean(divergence(made.logits.cpu(), p) for p, made in zip(baseline.parent, outputs, strict=True)),
+        "kl_reverse": _mean(
+            divergence(made.logits.cpu(), p) for p, made in zip(baseline.parent, outputs, strict=True)
+        ),
         "drift_logits": _rms([made.logits.cpu() - old for made, old in zip(outputs, baseline.logits, strict=True)]),
         "drift_hidden": _relative(hidden, [old for old in baseline.hidden if old is not None]),
         "drift_parameters": _relative(

@@ -73,7 +73,9 @@ class Regime:
         if isinstance(regime, Regime):
             return regime
         if regime not in NAMES:
-            raise WarmstartError(f"regime={regime!r} is none of {list(NAMES)}. Pass one, or Regime(shuffle=..., dropout=...).")
+            raise WarmstartError(
+                f"regime={regime!r} is none of {list(NAMES)}. Pass one, or Regime(shuffle=..., dropout=...)."
+            )
         shuffle, drops = NAMES[regime]
         return cls(shuffle, DROPOUT if drops else 0.0)
 
@@ -92,8 +94,8 @@ class Regime:
         rates = [(owner, name) for owner in _configs(config) for name in _rates(owner)]
         if self.dropout and not rates:
             raise WarmstartError(
-                f"regime={self.name!r} drops out, and {type(config).__name__} has no rate of dropout. Pass regime='shuffled' or "
-                "'deterministic'."
+                f"regime={self.name!r} drops out, and {type(config).__name__} has no rate of dropout. Pass "
+                "regime='shuffled' or 'deterministic'."
             )
         for owner, name in rates:
             setattr(owner, name, self.dropout)
@@ -123,7 +125,11 @@ def _configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 
 def _rates(config: Any) -> list[str]:
-    return [n for n, v in vars(config).items() if RATE.fullmatch(n) and isinstance(v, (int, float)) and not isinstance(v, bool)]
+    return [
+        n
+        for n, v in vars(config).items()
+        if RATE.fullmatch(n) and isinstance(v, (int, float)) and not isinstance(v, bool)
+    ]
 
 
 def matched_steps(steps: int, prices: dict[str, float]) -> dict[str, int]:

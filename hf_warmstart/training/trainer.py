@@ -89,6 +89,7 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
         **kwargs: Any,
     ):
         self.warmstart_from = warmstart_from
+        self.selection: Any = None  # the SelectionReport that this start was chosen by, for the card
         self.parent_state: ParentState | None = None
         self._start: tuple[ParentState, GrowthPlan] | None = None
         self._schedule_start = 0
