@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
@@ -101,7 +102,7 @@ def _trained(study: Study, parent: PreTrainedModel, name: str, repeat: int, watc
     folder = study.arm_folder(name, repeat)
     last = get_last_checkpoint(str(folder))
     model = study.make_model(parent, name, repeat)
-    trainer = study.make_trainer(model, name, repeat, watch)
+    trainer = study.make_trainer(model, name, repeat, watch, starts=last is None)
     watch.trainer = trainer
     done = int(last.rpartition("-")[2]) if last else 0
     if repeat == 0 and any(done < lag <= watch.until for lag in study.lags):
@@ -234,7 +235,8 @@ def describe_start(study: Study, name: str, repeat: int, trainer: WarmstartTrain
 def one_process() -> Iterator[None]:
     """Context in which trainers are alone in their process, though a launcher started several.
 
-    What launchers put into the environment and what accelerate remembers of it are put away and put back.
+    What launchers put into the environment, what accelerate remembers of it and torch's process group are put away and put
+    back: `save_pretrained` writes nothing on another rank than 0.
     """
     hidden = {name: os.environ.pop(name) for name in LAUNCHERS if name in os.environ}
     states = [(kind, dict(kind._shared_state)) for kind in (AcceleratorState, PartialState)]
@@ -243,9 +245,15 @@ def one_process() -> Iterator[None]:
         torch.cuda.set_device(rank % torch.cuda.device_count())
     for kind, _ in states:
         kind._shared_state.clear()
+    launched = dist.is_available() and dist.is_initialized()
+    world = dist.group.WORLD if launched else None
+    if launched:
+        dist.group.WORLD = None
     try:
         yield
     finally:
+        if launched:
+            dist.group.WORLD = world
         os.environ.update(hidden)
         for kind, state in states:
             kind._shared_state.clear()

@@ -7,7 +7,9 @@ With `P` the projector onto it, per tensor and summed over tensors before the ro
 
 `P` takes the mean over the copies of each entry, along each axis by the growth's own maps (`SpaceMap.source`, with the
 factors of `W` where the axis writes and of `R` where it reads), and over layers that copy one layer. Both are exactly 0.0
-for copies that are equal bit for bit: the mean is taken of the differences to the first copy.
+for copies that are equal bit for bit: the mean is taken of the differences to the first copy. Copies stay so where the
+machine's kernels treat equal columns equally: seen in float32 on CPUs; in float64 MKL adds up columns in an order that
+depends on their place, so that copies part by rounding (1e-16), unless `MKL_CBWR=COMPATIBLE` is in the environment.
 
 A growth that copies nothing has no cloned subspace. For it `outside` says which share of the update's energy `|u|^2` lies
 outside the parent's slice: in coordinates without a source, and in layers that are new. For copies `outside` is what new

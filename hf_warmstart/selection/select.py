@@ -67,7 +67,9 @@ def select_warmstart(
             a model does not admit is left out, with its reason in the report.
         train_dataset, eval_dataset: as for `Trainer`. Of a stream the first examples are taken, as many as are needed.
         args (`TrainingArguments`): of the run that is to be started: its steps, schedule, batch and learning rate. Arms lie
-            in `output_dir/arms`, the report in `output_dir`. `full_determinism=True` asks for deterministic kernels.
+            in `output_dir/arms`, the report in `output_dir`. `full_determinism=True` asks for deterministic kernels. A
+            step takes `per_device_train_batch_size * gradient_accumulation_steps` examples in one process, and several
+            processes share the arms: for a run that is planned over n processes pass n times the accumulation.
         regime (`str` or `Regime`, defaults to `"deterministic"`): `"deterministic"`, `"shuffled"`, `"dropout"` or
             `"stochastic"`; what the planned run will be like.
         probe_steps (`int` or several, defaults to `(16, 64)`): lags at which probes measure; the last is a probe's length,
@@ -317,14 +319,13 @@ def prepare_selection(
             raise WarmstartError(f"{name}={value!r} is none of {list(choices)}.")
     if repeats < 1:
         raise WarmstartError(f"repeats={repeats!r} must be at least 1.")
-    regime, world_size, own = Regime.of(regime), args.world_size, as_warmstart_arguments(args)
+    regime, own = Regime.of(regime), as_warmstart_arguments(args)
     given = None if candidates is None else list(candidates)
     pool = candidate_pool() if given is None else given
     check_names(pool)
     model_class, config = class_and_config(folder)
     config = regime.configured(config)
-    accumulation = own.gradient_accumulation_steps * world_size
-    examples = repeats * continuation_steps * own.per_device_train_batch_size * accumulation
+    examples = repeats * continuation_steps * own.per_device_train_batch_size * own.gradient_accumulation_steps
     train_dataset = with_length(train_dataset, examples)
     eval_dataset = with_length(eval_dataset, examples)
     for name, data in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
@@ -332,7 +333,7 @@ def prepare_selection(
             raise WarmstartError(
                 f"{name} is empty: candidates cannot be told apart. Pass examples with input_ids and labels."
             )
-    planned = planned_steps(own, len(train_dataset), world_size)
+    planned = planned_steps(own, len(train_dataset))
     if planned < continuation_steps:
         raise WarmstartError(
             f"continuation_steps={continuation_steps} is more than the {planned} steps of the planned run (args). Pass fewer, "
@@ -354,7 +355,7 @@ def prepare_selection(
         eval_every or max(1, continuation_steps // 8),
         Path(own.output_dir),
         trainer_options,
-        {"world_size": world_size, "match": match, "objective": objective, "repeats": repeats, "budget": budget},
+        {"match": match, "objective": objective, "repeats": repeats, "budget": budget},
     )
     refused = _plan_all(study, chosen=given is not None)
     check_memory(study, max_memory)

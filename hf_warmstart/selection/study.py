@@ -98,13 +98,8 @@ class Study:
 
     @property
     def examples_per_step(self) -> int:
-        """Examples of one step of the planned run, over all its processes."""
-        return self.args.per_device_train_batch_size * self.accumulation
-
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches of a step in one process: what the planned run spreads over processes is taken in turn."""
-        return self.args.gradient_accumulation_steps * max(1, self.settings.get("world_size", 1))
+        """Examples of one step: an arm runs in one process, however many share the arms."""
+        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
 
     @cached_property
     def plans(self) -> dict[str, GrowthPlan]:
@@ -192,23 +187,22 @@ class Study:
         return self.model_class(self.plans[name].target_config).to(parent.dtype)
 
     def make_trainer(
-        self, model: PreTrainedModel, name: str, repeat: int, callback: TrainerCallback, save_steps: int | None = None
+        self, model: PreTrainedModel, name: str, repeat: int, callback: TrainerCallback, starts: bool = True
     ) -> WarmstartTrainer:
-        """The trainer of an arm; it stops where its callback says."""
+        """The trainer of an arm; it stops where its callback says. `starts`: whether it does not go on from a checkpoint."""
         candidate = self.candidates[name]
         args = candidate_arguments(
             self.args,
             candidate,
             output_dir=str(self.arm_folder(name, repeat)),
             max_steps=self.planned_steps,
-            gradient_accumulation_steps=self.accumulation,
             seed=self.args.seed + repeat,
             train_sampling_strategy="sequential",
             data_policy="restart",
             dataloader_drop_last=False,
             eval_strategy="steps",
             eval_steps=self.planned_steps + 1,
-            eval_on_start=True,
+            eval_on_start=starts,
             save_strategy="no",
             save_total_limit=1,
             load_best_model_at_end=False,
@@ -305,11 +299,11 @@ def counted_parameters(model_class: type[PreTrainedModel], config: PreTrainedCon
     return int(build(model_class, config, "meta").num_parameters(exclude_embeddings=True))
 
 
-def planned_steps(args: TrainingArguments, examples: int, world_size: int) -> int:
-    """Optimizer steps of the run that arguments describe."""
+def planned_steps(args: TrainingArguments, examples: int) -> int:
+    """Optimizer steps of the run that arguments describe, in one process."""
     if args.max_steps > 0:
         return args.max_steps
-    micro = math.ceil(examples / (args.per_device_train_batch_size * world_size))
+    micro = math.ceil(examples / args.per_device_train_batch_size)
     return max(1, math.ceil(args.num_train_epochs * max(1, micro // args.gradient_accumulation_steps)))
 
 

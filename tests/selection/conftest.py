@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,14 @@ from ..training.conftest import BATCH, COMMON, blocks, stock_trainer
 PARENT_STEPS = 8
 TINY = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
 WIDE = {"width": 2}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _little_garbage():
+    """accelerate collects garbage after each arm: what was imported need not be looked through each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
