@@ -52,14 +52,14 @@ def growth_options(options: argparse.Namespace) -> dict[str, Any]:
         elif name in given:
             problems.append(f"{name} is given twice")
         else:
-            given[name] = _value(value.strip())
+            given[name] = parse_value(value.strip())
     if problems:
         raise WarmstartError("; ".join(problems) + ".")
     return given
 
 
-def _value(text: str) -> Any:
-    """A value of `--set`: a number, a JSON value, or the text itself."""
+def parse_value(text: str) -> Any:
+    """A value of `--set` and its like: a number, a JSON value, or the text itself."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:

@@ -1,6 +1,6 @@
 """One arm: a candidate trained for some steps in a folder of its own, evaluated, and measured at the probes' lags.
 
-    arms/<candidate>/repeat-<r>/
+    _selection/arms/<candidate>/repeat-<r>/
         start.json          the full state that it started from, field by field
         zero.json           zero-step metrics (repeat 0)
         measure-<lag>.json  probe measures (repeat 0)

@@ -35,7 +35,7 @@ from .probes import LAGS
 from .regimes import Regime, matched_steps
 from .report import SelectionReport, make_report
 from .run import Runner
-from .study import Study, as_warmstart_arguments, planned_steps, with_length
+from .study import ARMS, Study, as_warmstart_arguments, planned_steps, with_length
 
 CONTINUATION_STEPS = 128  # arXiv 2604.04281
 MATCHES = ("steps", "flops", "time")
@@ -67,9 +67,9 @@ def select_warmstart(
             a model does not admit is left out, with its reason in the report.
         train_dataset, eval_dataset: as for `Trainer`. Of a stream the first examples are taken, as many as are needed.
         args (`TrainingArguments`): of the run that is to be started: its steps, schedule, batch and learning rate. Arms lie
-            in `output_dir/arms`, the report in `output_dir`. `full_determinism=True` asks for deterministic kernels. A
-            step takes `per_device_train_batch_size * gradient_accumulation_steps` examples in one process, and several
-            processes share the arms: for a run that is planned over n processes pass n times the accumulation.
+            in `output_dir/_selection`, which is never pushed, the report in `output_dir`. `full_determinism=True` asks for
+            deterministic kernels. A step takes `per_device_train_batch_size * gradient_accumulation_steps` examples in one
+            process, and several processes share the arms: for a run planned over n processes pass n times the accumulation.
         regime (`str` or `Regime`, defaults to `"deterministic"`): `"deterministic"`, `"shuffled"`, `"dropout"` or
             `"stochastic"`; what the planned run will be like.
         probe_steps (`int` or several, defaults to `(16, 64)`): lags at which probes measure; the last is a probe's length,
@@ -169,7 +169,7 @@ class Selection:
             self._continue(runner, progress)
         report = make_report(self, progress)
         if int(os.environ.get("RANK", 0)) == 0:
-            report.save(study.folder)
+            report.save(study.args.output_dir)
         runner.drop(list(study.candidates))
         return report
 
@@ -305,9 +305,13 @@ def prepare_selection(
     eval_every: int | None = None,
     repeats: int = MOST_REPEATS,
     max_memory: str | int | None = None,
+    from_pool: bool = False,
     **trainer_options: Any,
 ) -> Selection:
-    """Check everything that `select_warmstart` needs, without writing or training; the arguments are its own."""
+    """Check everything that `select_warmstart` needs, without writing or training; the arguments are its own.
+
+    `from_pool` says that the candidates are a pool's: what cannot be is left out instead of raised.
+    """
     folder = Path(parent)
     if not folder.is_dir():
         raise WarmstartError(
@@ -320,8 +324,8 @@ def prepare_selection(
     if repeats < 1:
         raise WarmstartError(f"repeats={repeats!r} must be at least 1.")
     regime, own = Regime.of(regime), as_warmstart_arguments(args)
-    given = None if candidates is None else list(candidates)
-    pool = candidate_pool() if given is None else given
+    chosen = candidates is not None and not from_pool
+    pool = candidate_pool() if candidates is None else list(candidates)
     check_names(pool)
     model_class, config = class_and_config(folder)
     config = regime.configured(config)
@@ -339,7 +343,7 @@ def prepare_selection(
             f"continuation_steps={continuation_steps} is more than the {planned} steps of the planned run (args). Pass fewer, "
             "or the max_steps of the run that is to be started."
         )
-    pool, notes = _with_their_state(pool, folder, chosen=given is not None)
+    pool, notes = _with_their_state(pool, folder, chosen=chosen)
     study = Study(
         folder,
         model_class,
@@ -353,11 +357,11 @@ def prepare_selection(
         lags,
         continuation_steps,
         eval_every or max(1, continuation_steps // 8),
-        Path(own.output_dir),
+        Path(own.output_dir, ARMS),
         trainer_options,
         {"match": match, "objective": objective, "repeats": repeats, "budget": budget},
     )
-    refused = _plan_all(study, chosen=given is not None)
+    refused = _plan_all(study, chosen=chosen)
     check_memory(study, max_memory)
     selection = Selection(study, None, match, objective, repeats, refused, notes)
     selection.budget = _budget(budget, selection)

@@ -36,6 +36,7 @@ from .candidates import Candidate
 from .regimes import Regime
 
 FINGERPRINT = "study.json"
+ARMS = "_selection"  # below output_dir; what begins with an underscore is never pushed
 NOISE_BATCHES = 4  # micro-batches of the gradient's noise
 METRIC_BATCHES = 2  # evaluation batches of zero-step metrics and probes
 # Arguments that do not change what an arm computes, or that an arm has of its own.
@@ -267,8 +268,8 @@ class Study:
             other = json.loads(path.read_text())
             if different := sorted(key for key in {*own, *other} if own.get(key) != other.get(key)):
                 raise WarmstartError(
-                    f"{self.folder.name} holds arms of a selection with other {', '.join(different)}. Pass an output_dir of "
-                    "its own, or the same settings to go on."
+                    f"{self.folder.parent.name} holds arms of a selection with other "
+                    f"{', '.join(different)}. Pass an output_dir of its own, or the same settings to go on."
                 )
             return
         self.folder.mkdir(parents=True, exist_ok=True)

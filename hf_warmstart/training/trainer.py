@@ -402,7 +402,10 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
                 dataset=kwargs.get("dataset"),
                 license=kwargs.get("license"),
                 model_name=kwargs.get("model_name"),
+                selection=self.selection,
             )
+            if self.selection is not None:
+                self.selection.save(self.args.output_dir)
             card.save(Path(self.args.output_dir, CARD_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -74,11 +74,11 @@ def select(parent: Path, folder: Path, rank: int | None = None, processes: int =
 def killed(parent: Path, folder: Path, results: int) -> tuple[list[str], dict[str, Any]]:
     """A selection that is killed in an arm, once some have ended, and then goes on: what lay half done, and what it says."""
     process = fork(lambda: select(parent, folder), folder.with_suffix(".killed"))
-    deadline, half_done = time.monotonic() + 100, []
+    deadline, half_done = time.monotonic() + 600, []
     while time.monotonic() < deadline and not half_done:
         time.sleep(0.002)
-        if len(list(folder.glob("arms/*/*/result-*.json"))) >= results:
-            checkpoints = folder.glob("arms/*/*/checkpoint-*")
+        if len(list(folder.glob("_selection/arms/*/*/result-*.json"))) >= results:
+            checkpoints = folder.glob("_selection/arms/*/*/checkpoint-*")
             half_done = [str(p.relative_to(folder)) for p in checkpoints if not list(p.parent.glob("result-*.json"))]
     os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)

@@ -22,7 +22,7 @@ def seen(tmp_path_factory):
         env={**os.environ, **environment(), "CUDA_VISIBLE_DEVICES": "", "MKL_CBWR": "COMPATIBLE"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
