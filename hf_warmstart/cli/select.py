@@ -181,7 +181,7 @@ def _show_plan(selection: Selection, options: argparse.Namespace) -> None:
     """What a selection would run, and what that costs."""
     study = selection.study
     share = selection.probes_flops / selection.planned_flops
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "candidate": name,
             "operators": [] if candidate.fresh else study.plans[name].operators,

@@ -8,7 +8,7 @@ import pytest
 
 from hf_warmstart.cli import main
 
-from ..selection.conftest import held_out, parent  # noqa: F401  a fixture
+from ..selection.conftest import _no_plots, held_out, parent  # noqa: F401  fixtures
 from ..training.conftest import blocks
 
 
@@ -18,7 +18,7 @@ def given(parent, tmp_path):  # noqa: F811
     held_out().save_to_disk(tmp_path / "eval")
     (tmp_path / "args.json").write_text(json.dumps({"learning_rate": 1e-3, "use_cpu": True, "save_strategy": "no"}))
     words = (
-        f"select --parent {parent} --train {tmp_path}/train --eval {tmp_path}/eval --output {tmp_path}/out --steps 100"
+        f"select --parent {parent} --train {tmp_path}/train --eval {tmp_path}/eval --output {tmp_path}/out --steps 2000"
     )
     return [*words.split(), "--args", f"{tmp_path}/args.json", "--arg", "per_device_train_batch_size=4"]
 

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import default_data_collator
 
-from hf_warmstart import Candidate, WarmstartTrainingArguments, select_warmstart
+from hf_warmstart import Candidate, SelectionReport, WarmstartTrainingArguments, select_warmstart
 
 from ..models import some_tokens, tiny_model
 from ..training.conftest import BATCH, COMMON, blocks, stock_trainer
@@ -26,6 +26,12 @@ def _little_garbage():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _no_plots(monkeypatch):
+    """Plots take longer than arms; one test looks at one, which is drawn before this holds."""
+    monkeypatch.setattr(SelectionReport, "plot", lambda self, path: None)
 
 
 @pytest.fixture(scope="session")

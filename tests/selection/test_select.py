@@ -14,7 +14,6 @@ from hf_warmstart import Candidate, SelectionReport, WarmstartError
 from hf_warmstart.growth.plan import GrowthRecord
 from hf_warmstart.hub.card import render_card
 from hf_warmstart.selection import select as selecting
-from hf_warmstart.selection.candidates import candidate_pool
 from hf_warmstart.selection.select import prepare_selection
 
 from ..training.conftest import blocks
@@ -26,7 +25,10 @@ def selected(parent, tmp_path_factory):
     """A selection of four candidates, one of which cannot go on, and its folder."""
     folder = tmp_path_factory.mktemp("selected")
     diverges = Candidate("diverges", **WIDE, state_policy="asymmetric_reset", new_lr_peak=1e30, new_lr_steps=0)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
     report = small_selection(parent, folder, [*three(), diverges], regime="stochastic")
+    assert torch.equal(torch.get_rng_state(), before)  # a selection leaves no trace in random states
     return report, folder
 
 
@@ -129,7 +131,6 @@ def test_the_card_of_the_grown_model_tells_how_it_was_chosen(selected):
     trainer = report.start()
     card = str(render_card(trainer.model, selection=report))
     assert "## How this start was chosen" in card and f"**{report.best}**, of 4 candidates" in card
-    assert "How this start was chosen" not in str(render_card(trainer.model))
 
 
 def test_a_finished_selection_is_not_run_again(selected, parent, monkeypatch):
@@ -210,7 +211,7 @@ def test_a_parent_that_is_no_folder_is_refused(tmp_path):
 
 
 def test_a_budget_continues_the_best_of_the_probes_only(parent, tmp_path):
-    selection = prepared(parent, tmp_path / "out", candidate_pool(2.0), from_pool=True, budget=0.5)
+    selection = prepared(parent, tmp_path / "out", three(), budget="50%", eval_every=4)
     assert selection.budget == pytest.approx(0.5 * selection.planned_flops)
     share = selection.probes_flops / selection.planned_flops
     lean = small_selection(parent, tmp_path / "lean", budget=share * 1.001)
@@ -219,6 +220,7 @@ def test_a_budget_continues_the_best_of_the_probes_only(parent, tmp_path):
     assert lean.cost_fraction <= share * 1.001 and "probes rank badly" in lean.unsure[0]
 
 
+@pytest.mark.slow
 def test_at_equal_flops_a_dearer_candidate_takes_fewer_steps(parent, tmp_path):
     pair = [Candidate("wide", **WIDE), Candidate("deep", depth=2)]
     report = small_selection(parent, tmp_path, pair, match="flops", repeats=1, probe_steps=2)
@@ -226,10 +228,3 @@ def test_at_equal_flops_a_dearer_candidate_takes_fewer_steps(parent, tmp_path):
     dear, cheap = sorted(flops, key=flops.get, reverse=True)
     assert steps[cheap] == 8 and steps[dear] == max(2, int(8 * flops[cheap] / flops[dear])) < 8
     assert report.curves[dear][0][-1][0] == steps[dear]
-
-
-def test_random_states_are_what_they_were(parent, tmp_path):
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    small_selection(parent, tmp_path, three()[:2], repeats=1, probe_steps=1, continuation_steps=1, eval_every=1)
-    assert torch.equal(torch.get_rng_state(), before)
