@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import WarmstartError
 from ..growth.plan import GrowthPlan
 
 Batch = Mapping[str, Any]
@@ -42,13 +43,22 @@ class Outputs:
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, batch: Batch) -> Outputs:
-    """A model's outputs for one batch, in eval mode; its mode is put back."""
+    """A model's outputs for one batch, in eval mode; its mode is put back.
+
+    Raises:
+        WarmstartError: the model gives no loss, since there are no labels.
+    """
     training, device = model.training, next(model.parameters()).device
     batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     try:
-        made = model.eval()(**batch, output_hidden_states=True, use_cache=False)
+        made = model.eval()(**batch, output_hidden_states=True)
     finally:
         model.train(training)
+    if made.loss is None:
+        raise WarmstartError(
+            f"{type(model).__name__} gave no loss for a batch of {sorted(batch)}. Pass data with labels, or a collator "
+            "that makes them."
+        )
     logits = made.logits.reshape(-1, made.logits.shape[-1])
     states = getattr(made, "hidden_states", None) or getattr(made, "decoder_hidden_states", None) or ()
     mask = batch.get("attention_mask")

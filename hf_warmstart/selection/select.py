@@ -323,6 +323,8 @@ def prepare_selection(
             raise WarmstartError(f"{name}={value!r} is none of {list(choices)}.")
     if repeats < 1:
         raise WarmstartError(f"repeats={repeats!r} must be at least 1.")
+    if budget is not None:
+        _share(budget)
     regime, own = Regime.of(regime), as_warmstart_arguments(args)
     chosen = candidates is not None and not from_pool
     pool = candidate_pool() if candidates is None else list(candidates)
@@ -361,6 +363,7 @@ def prepare_selection(
         trainer_options,
         {"match": match, "objective": objective, "repeats": repeats, "budget": budget},
     )
+    study.first_example  # noqa: B018  raises now where the parent's place in its data is not known
     refused = _plan_all(study, chosen=chosen)
     check_memory(study, max_memory)
     selection = Selection(study, None, match, objective, repeats, refused, notes)

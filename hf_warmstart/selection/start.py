@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import WarmstartError
+from ..growth.configs import config_dtype
 from ..growth.grow import grow
 from ..growth.plan import make_plan
 from ..growth.source import class_and_config
@@ -37,7 +38,8 @@ def make_trainer(
     config = regime.configured(config)
     if candidate.fresh:
         torch.manual_seed(candidate.growth.seed)
-        model = model_class(make_plan(model_class, config, candidate.growth).target_config)
+        target = make_plan(model_class, config, candidate.growth).target_config
+        model = model_class(target).to(config_dtype(config) or torch.float32)
     else:
         model = grow(model_class.from_pretrained(folder, config=config), candidate.growth)
     order = {"train_sampling_strategy": "random" if regime.shuffle else "sequential"}

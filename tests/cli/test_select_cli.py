@@ -17,13 +17,11 @@ def given(parent, tmp_path):  # noqa: F811
     blocks(0, 20).save_to_disk(tmp_path / "train")
     held_out().save_to_disk(tmp_path / "eval")
     (tmp_path / "args.json").write_text(json.dumps({"learning_rate": 1e-3, "use_cpu": True, "save_strategy": "no"}))
-    words = (
-        f"select --parent {parent} --train {tmp_path}/train --eval {tmp_path}/eval --output {tmp_path}/out --steps 2000"
-    )
+    words = f"select --parent {parent} --train {tmp_path}/train --eval {tmp_path}/eval --output {tmp_path}/out --steps 2000"
     return [*words.split(), "--args", f"{tmp_path}/args.json", "--arg", "per_device_train_batch_size=4"]
 
 
-SHORT = ["--probe-steps", "1", "--continuation-steps", "2", "--repeats", "1", "--depth", "2", "--regime", "shuffled"]
+SHORT = ["--probe-steps", "1", "--continuation-steps", "1", "--repeats", "1", "--depth", "2", "--regime", "shuffled"]
 
 
 def test_a_selection_from_the_shell(given, tmp_path, capsys):

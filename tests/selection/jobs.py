@@ -64,7 +64,7 @@ def select(parent: Path, folder: Path, rank: int | None = None, processes: int =
 
     running.run_arm = counted
     SelectionReport.plot = lambda self, path: None  # type: ignore[method-assign]  # which takes longer than the arms
-    short = {"probe_steps": 2, "continuation_steps": 4, "eval_every": 2, "regime": "stochastic"}
+    short = {"probe_steps": 2, "continuation_steps": 4, "eval_every": 2, "repeats": 1, "regime": "stochastic"}
     report = small_selection(parent, folder, arguments_={"save_strategy": "steps", "save_steps": 1}, **short)
     launched = torch.distributed.is_initialized()
     ranking = [row["candidate"] for row in report.table]

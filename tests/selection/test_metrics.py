@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_warmstart import grow, plan_growth
+from hf_warmstart import WarmstartError, grow, plan_growth
 from hf_warmstart.selection.metrics import divergence, effective_rank, outputs_of, zero_step_metrics
 from hf_warmstart.selection.probes import Baseline, gradient_noise, probe, random_state_kept
 
@@ -62,6 +62,11 @@ def test_padding_counts_in_no_metric():
     (batch,) = batches(1)
     batch["attention_mask"][:, 7:] = 0
     assert outputs_of(model, batch).logits.shape[0] == 3 * 7
+
+
+def test_a_batch_without_labels_is_refused():
+    with pytest.raises(WarmstartError, match="gave no loss for a batch of .'input_ids'.*labels"):
+        outputs_of(tiny_model("llama", **TINY), {"input_ids": some_tokens(2, 4)})
 
 
 def test_gradient_noise_is_that_of_its_formula():
