@@ -39,7 +39,7 @@ def test_intervals_are_students():
     values = [1.0, 1.5, 0.7]
     low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     mean, reach = interval(values)
-    assert (mean - reach, mean + reach) == pytest.approx((low, high)) and interval([2.0]) == (2.0, None)
+    assert (mean - reach, mean + reach) == pytest.approx((low, high)) and interval([2.0, 3.0]) == (2.5, None)
 
 
 def test_the_full_study_is_what_it_has_to_be():
