@@ -12,11 +12,10 @@ import pytest
 from ..training.ranks import REPOSITORY, environment
 
 
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory):
-    """What the jobs saw."""
+def run_jobs(folder, *names):
+    """What jobs saw."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.selection.jobs", str(tmp_path_factory.mktemp("jobs"))],
+        [sys.executable, "-m", "tests.selection.jobs", str(folder), *names],
         cwd=REPOSITORY,
         # Where there is a GPU, autograd has a thread for it, and no process with such threads may be forked.
         env={**os.environ, **environment(), "CUDA_VISIBLE_DEVICES": "", "MKL_CBWR": "COMPATIBLE"},
@@ -26,6 +25,11 @@ def seen(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    return run_jobs(tmp_path_factory.mktemp("jobs"), "locked", "killed")
 
 
 def test_a_deterministic_exact_copy_never_escapes_in_float64(seen):
@@ -40,7 +44,9 @@ def test_a_selection_that_was_killed_goes_on_to_the_same_ranking(seen):
     assert 0 < len(killed["arms"]) < len(whole["arms"])  # what was done is not done again
 
 
-def test_two_processes_share_the_arms_and_rank_as_one_does(seen):
+@pytest.mark.distributed
+def test_two_processes_share_the_arms_and_rank_as_one_does(tmp_path):
+    seen = run_jobs(tmp_path, "shared")
     whole, (one, other) = seen["whole"], seen["shared"]
     assert one["ranking"] == other["ranking"] == whole["ranking"]
     assert one["curves"] == other["curves"] == whole["curves"]
