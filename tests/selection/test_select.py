@@ -12,7 +12,7 @@ from transformers import default_data_collator
 
 from hf_warmstart import Candidate, SelectionReport, WarmstartError
 from hf_warmstart.growth.plan import GrowthRecord
-from hf_warmstart.hub.card import render_card
+from hf_warmstart.hub.save import save_grown
 from hf_warmstart.selection import select as selecting
 from hf_warmstart.selection.select import prepare_selection
 
@@ -126,11 +126,12 @@ def test_what_is_started_is_what_was_measured(selected):
     assert trainer.warmstart_from is not None and trainer.args.state_policy == "carry"
 
 
-def test_the_card_of_the_grown_model_tells_how_it_was_chosen(selected):
+def test_the_card_of_the_grown_model_tells_how_it_was_chosen(selected, tmp_path):
     report, _ = selected
-    trainer = report.start()
-    card = str(render_card(trainer.model, selection=report))
+    save_grown(report.start().model, tmp_path, selection=report)
+    card = (tmp_path / "README.md").read_text()
     assert "## How this start was chosen" in card and f"**{report.best}**, of 4 candidates" in card
+    assert SelectionReport.load(tmp_path).best == report.best and (tmp_path / "selection.md").is_file()
 
 
 def test_a_finished_selection_is_not_run_again(selected, parent, monkeypatch):
