@@ -3,7 +3,7 @@
 Probes are cheap and rank badly at short lags, so they only say who is continued. Continuations then go by rounds: in round
 r each survivor runs repeat r, the whole continuation on other data, and the worse half by the mean over all its repeats is
 dropped; two at least stay. Differences are taken within repeats, since what the repeats have in common (their data) moves
-all candidates together: in our study in miniature losses moved by 0.018 between seeds and differences by 0.003.
+all candidates together: in an earlier study in miniature losses moved by 0.018 between seeds and differences by 0.003.
 
 With differences d_r of a rival's loss to the leader's over n repeats, the margin is their mean, with the interval
 
