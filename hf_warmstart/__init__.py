@@ -22,9 +22,13 @@ if TYPE_CHECKING:
     from .scaling.laws import LossLaw
     from .scaling.predictor import HparamPredictor
     from .scaling.recommendation import HparamRecommendation
+    from .selection.candidates import Candidate
+    from .selection.report import SelectionReport
+    from .selection.select import select_warmstart
     from .training import WarmstartTrainer, WarmstartTrainingArguments
 
 _HOMES = {
+    "Candidate": ".selection.candidates",
     "Certificate": ".growth.certify",
     "GrowthAdvice": ".scaling.advise",
     "GrowthConfig": ".growth.config",
@@ -33,6 +37,7 @@ _HOMES = {
     "HparamPredictor": ".scaling.predictor",
     "HparamRecommendation": ".scaling.recommendation",
     "LossLaw": ".scaling.laws",
+    "SelectionReport": ".selection.report",
     "WarmstartError": ".errors",
     "WarmstartTrainer": ".training",
     "WarmstartTrainingArguments": ".training",
@@ -43,10 +48,12 @@ _HOMES = {
     "grow_optimizer_state": ".growth.state",
     "plan_growth": ".growth.grow",
     "push_to_hub": ".hub",
+    "select_warmstart": ".selection.select",
     "upcycle": ".growth.upcycle",
 }
 
 __all__ = [
+    "Candidate",
     "Certificate",
     "GrowthAdvice",
     "GrowthConfig",
@@ -55,6 +62,7 @@ __all__ = [
     "HparamPredictor",
     "HparamRecommendation",
     "LossLaw",
+    "SelectionReport",
     "WarmstartError",
     "WarmstartTrainer",
     "WarmstartTrainingArguments",
@@ -66,6 +74,7 @@ __all__ = [
     "grow_optimizer_state",
     "plan_growth",
     "push_to_hub",
+    "select_warmstart",
     "upcycle",
 ]
 

@@ -90,6 +90,7 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
         **kwargs: Any,
     ):
         self.warmstart_from = warmstart_from
+        self.selection: Any = None  # the SelectionReport that this start was chosen by, for the card
         self.parent_state: ParentState | None = None
         self._start: tuple[ParentState, GrowthPlan] | None = None
         self._schedule_start = 0
@@ -402,7 +403,10 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
                 dataset=kwargs.get("dataset"),
                 license=kwargs.get("license"),
                 model_name=kwargs.get("model_name"),
+                selection=self.selection,
             )
+            if self.selection is not None:
+                self.selection.save(self.args.output_dir)
             card.save(Path(self.args.output_dir, CARD_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
