@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .growth.state import grow_optimizer_state
     from .growth.upcycle import upcycle
     from .hub import push_to_hub
+    from .scaling.laws import LossLaw
     from .training import WarmstartTrainer, WarmstartTrainingArguments
 
 _HOMES = {
@@ -25,6 +26,7 @@ _HOMES = {
     "GrowthConfig": ".growth.config",
     "GrowthPlan": ".growth.plan",
     "GrowthRecord": ".growth.plan",
+    "LossLaw": ".scaling.laws",
     "WarmstartError": ".errors",
     "WarmstartTrainer": ".training",
     "WarmstartTrainingArguments": ".training",
@@ -42,6 +44,7 @@ __all__ = [
     "GrowthConfig",
     "GrowthPlan",
     "GrowthRecord",
+    "LossLaw",
     "WarmstartError",
     "WarmstartTrainer",
     "WarmstartTrainingArguments",
