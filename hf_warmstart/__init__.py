@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .growth.upcycle import upcycle
     from .hub import push_to_hub
     from .scaling.laws import LossLaw
+    from .scaling.sweeps import run_sweep
     from .training import WarmstartTrainer, WarmstartTrainingArguments
 
 _HOMES = {
@@ -36,6 +37,7 @@ _HOMES = {
     "grow_optimizer_state": ".growth.state",
     "plan_growth": ".growth.grow",
     "push_to_hub": ".hub",
+    "run_sweep": ".scaling.sweeps",
     "upcycle": ".growth.upcycle",
 }
 
@@ -55,6 +57,7 @@ __all__ = [
     "grow_optimizer_state",
     "plan_growth",
     "push_to_hub",
+    "run_sweep",
     "upcycle",
 ]
 

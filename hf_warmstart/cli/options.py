@@ -7,8 +7,9 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -43,19 +44,28 @@ def growth_options(options: argparse.Namespace) -> dict[str, Any]:
     given: dict[str, Any] = {
         name: value for name in ("width", "depth", "growth_factor") if (value := getattr(options, name)) is not None
     }
-    problems = []
-    for text in options.set:
+    return named_values(options.set, given)
+
+
+def named_values(texts: Sequence[str], given: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """What `--set NAME=VALUE` options say, beside what is given already.
+
+    Raises:
+        WarmstartError: one without a name and a value, or twice the same name.
+    """
+    found, problems = dict(given), []
+    for text in texts:
         name, equals, value = text.partition("=")
         name = name.strip().replace("-", "_")
         if not equals or not name or not value.strip():
             problems.append(f"--set {text!r} is not NAME=VALUE")
-        elif name in given:
+        elif name in found:
             problems.append(f"{name} is given twice")
         else:
-            given[name] = _value(value.strip())
+            found[name] = _value(value.strip())
     if problems:
         raise WarmstartError("; ".join(problems) + ".")
-    return given
+    return found
 
 
 def _value(text: str) -> Any:

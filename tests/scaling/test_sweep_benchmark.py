@@ -1,0 +1,67 @@
+"""The benchmark of hyper-parameter laws, at a size of seconds: it ends, counts openly and goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from benchmarks.hparams import Benchmark, Setting, as_table, interval
+
+
+def tiny() -> Setting:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 4, "head_dim": 8}
+    sweep = {"proxies": (0.04, 0.075, 0.13, 0.27), "tokens_per_parameter": 4, "learning_rates": 3, "batch_sizes": 3}
+    sweep |= {"refinements": 0, "min_steps": 10, "learning_rate": 0.016, "batch_tokens": 64}
+    return Setting(sizes, 300, 16, 0.3, {"stories": 0.3, "both": 0.5}, sweep, 3, (0,), (1, 2), 1)
+
+
+def test_an_interval_is_students():
+    assert interval([0.1]) == {"mean": 0.1, "low": None, "high": None, "seeds": 1}
+    made = interval([0.0, 1.0, 2.0])  # t of two degrees of freedom at 97.5 % is 4.303
+    assert made["mean"] == 1 and made["high"] == pytest.approx(1 + 4.303 / math.sqrt(3), rel=1e-3)
+    assert made["low"] == pytest.approx(2 - made["high"])
+
+
+@pytest.mark.slow
+def test_the_benchmark_reports_regret_and_search_compute_and_goes_on(tmp_path, monkeypatch):
+    words = [
+        "the",
+        "cat",
+        "sat",
+        "on",
+        "the",
+        "mat",
+        "and",
+        "saw",
+        "a",
+        "dog",
+        "that",
+        "ran",
+        "to",
+        "it",
+        "in",
+        "the",
+        "sun",
+    ]
+    numbers = ["one", "and", "one", "are", "two", "so", "two", "and", "two", "are", "four"]
+    texts = {}
+    for name, vocabulary, count in (("pretrain", words, 4000), ("train", numbers, 8000), ("eval", numbers, 700)):
+        texts[name] = tmp_path / f"{name}.txt"
+        order = (vocabulary[(k * k + 7 * k // 3 + len(name)) % len(vocabulary)] for k in range(count))
+        texts[name].write_text(" ".join(order))
+    report = Benchmark(tiny(), texts, tmp_path / "out").run()
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == json.loads(json.dumps(report))
+    for of in report["parents"].values():
+        assert of["grid_best"]["points"] >= 9 and of["regret"]["seeds"] == 2
+        assert of["regret"]["mean"] > -0.5 and of["presets"]
+    search = report["search"]
+    assert search["share"] == pytest.approx(
+        (search["sweep_flops"] + search["evaluation_flops"]) / search["grid_flops"]
+    )
+    assert "Search compute" in as_table(report)
+    monkeypatch.setattr("benchmarks.hparams.train", None)
+    monkeypatch.setattr("hf_warmstart.scaling.sweeps.run.train", None)
+    assert Benchmark(tiny(), texts, tmp_path / "out").run()["parents"] == report["parents"]
