@@ -31,14 +31,14 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from hf_warmstart.scaling.evaluation import fingerprint
-from hf_warmstart.scaling.presets import preset_names
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_warmstart import HparamPredictor, WarmstartError, run_sweep
 from hf_warmstart.cli.coverage import versions
 from hf_warmstart.scaling.compute import count_parameters, flops_per_token
+from hf_warmstart.scaling.evaluation import fingerprint
+from hf_warmstart.scaling.presets import preset_names
 from hf_warmstart.scaling.sweeps.config import SweepConfig
 from hf_warmstart.scaling.sweeps.cost import FORWARD_SHARE, GRID_POINTS, GRID_SEEDS
 from hf_warmstart.scaling.sweeps.design import Limits, Point, best_point, further_points, on_edge
@@ -60,6 +60,7 @@ class Setting:
         tokens_per_parameter: of the continued training. parents: tokens per parameter of each parent's own training.
         sweep: fields of `SweepConfig`; `proxies` as shares of the target. side: of the grid, in points. grid_seeds,
         fresh_seeds: of the grid, and of the comparison with its best. extensions: of a grid whose best lies on an edge.
+        eval_tokens: of the held-out text, at most.
     """
 
     model: dict[str, int]
@@ -72,6 +73,7 @@ class Setting:
     grid_seeds: tuple[int, ...] = (0, 1)
     fresh_seeds: tuple[int, ...] = (2, 3, 4)
     extensions: int = 2
+    eval_tokens: int = 2**18
     shared: SweepConfig = field(default_factory=lambda: SweepConfig(stop_ratio=None))
 
 
@@ -89,10 +91,10 @@ def _sizes(hidden: int, inner: int, layers: int, heads: int) -> dict[str, int]:
 SETTINGS = {
     # Minutes: fewer points and seeds than the claim asks for, so that it shows the way and no more.
     "quick": Setting(
-        _sizes(48, 128, 2, 6), 512, 64, 3.0, {"stories": 4.0, "both": 12.0},
-        {"proxies": (0.09, 0.18, 0.34, 0.5), "tokens_per_parameter": 8, "learning_rates": 4, "batch_sizes": 3,
-         "refinements": 2, "min_steps": 20},
-        side=3, grid_seeds=(0,), fresh_seeds=(1, 2),
+        _sizes(48, 128, 2, 6), 512, 64, 2.0, {"stories": 3.0, "both": 8.0},
+        {"proxies": (0.09, 0.16, 0.25, 0.42), "tokens_per_parameter": 5, "learning_rates": 4, "batch_sizes": 3,
+         "refinements": 1, "min_steps": 20},
+        side=3, grid_seeds=(0,), fresh_seeds=(1, 2), extensions=1, eval_tokens=2**15,
     ),
     "full": Setting(
         _sizes(96, 256, 3, 12), 1024, 128, 4.0, {"stories": 4.0, "both": 16.0},
@@ -115,7 +117,7 @@ class Benchmark:
         read: Callable[[str], Blocks] = lambda name: read_blocks(  # noqa: E731
             texts[name], name, length, vocabulary, self.tokenizer
         )
-        self.evaluation = read("eval")
+        self.evaluation = read("eval").first(max(1, setting.eval_tokens // length))
         # One half of the text is what the target is trained on, the other what a parent may know of it.
         known, self.train = (
             Blocks(part.contiguous(), f"half {k}") for k, part in enumerate(read("train").tokens.chunk(2))
@@ -163,6 +165,7 @@ class Benchmark:
             output_dir=self.output / "sweep",
             tokens=self.tokens,
             sequence_length=self.setting.length,
+            max_eval_tokens=self.evaluation.tokens.numel(),
             **options,
         )
 

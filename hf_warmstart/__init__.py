@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .growth.upcycle import upcycle
     from .hub import push_to_hub
     from .scaling.laws import LossLaw
+    from .scaling.predictor import HparamPredictor
+    from .scaling.recommendation import HparamRecommendation
     from .scaling.sweeps import run_sweep
     from .training import WarmstartTrainer, WarmstartTrainingArguments
 
@@ -27,6 +29,8 @@ _HOMES = {
     "GrowthConfig": ".growth.config",
     "GrowthPlan": ".growth.plan",
     "GrowthRecord": ".growth.plan",
+    "HparamPredictor": ".scaling.predictor",
+    "HparamRecommendation": ".scaling.recommendation",
     "LossLaw": ".scaling.laws",
     "WarmstartError": ".errors",
     "WarmstartTrainer": ".training",
@@ -46,6 +50,8 @@ __all__ = [
     "GrowthConfig",
     "GrowthPlan",
     "GrowthRecord",
+    "HparamPredictor",
+    "HparamRecommendation",
     "LossLaw",
     "WarmstartError",
     "WarmstartTrainer",

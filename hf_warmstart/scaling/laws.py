@@ -77,13 +77,13 @@ class PowerLaw:
 
     def __call__(self, **at: ArrayLike) -> Any:
         """The law's value at one point, or at many of one shape."""
-        given = _given(self.exponents, at)
+        given = quantities(self.exponents, at)
         value = self.coefficient * math.prod(given[name] ** power for name, power in self.exponents.items())
         return float(value) if np.ndim(value) == 0 else value
 
     def at_draws(self, **at: ArrayLike) -> Array:
         """The value of every draw, (draws,), at one point or at one point per draw; the law's own where it has none."""
-        given = _given(self.exponents, at)
+        given = quantities(self.exponents, at)
         if self.draws is None:
             return np.atleast_1d(np.asarray(self(**at), dtype=float))
         logs = self.draws[:, 0].copy()
@@ -152,13 +152,13 @@ class LossLaw:
 
     def __call__(self, **at: ArrayLike) -> Any:
         """The loss, in nats per token, at `compute=` (FLOPs), or at `params=` and `tokens=`; numbers or arrays of one shape."""
-        given = _given(self.amplitudes, at)
+        given = quantities(self.amplitudes, at)
         loss = self.floor + sum(a * given[n] ** -self.exponents[n] for n, a in self.amplitudes.items())
         return float(loss) if np.ndim(loss) == 0 else loss
 
     def gradient(self, **at: ArrayLike) -> dict[str, Any]:
         """`dL / dx = -a A x^(-a - 1)` by each quantity, in nats per token and unit of it."""
-        given = _given(self.amplitudes, at)
+        given = quantities(self.amplitudes, at)
         return {n: -self.exponents[n] * a * given[n] ** (-self.exponents[n] - 1) for n, a in self.amplitudes.items()}
 
     def inverse(self, loss: float, **fixed: float) -> float:
@@ -201,7 +201,7 @@ class LossLaw:
 
     def at_draws(self, **at: ArrayLike) -> Array:
         """The loss by every draw, (draws,), at one point or at one point per draw; the law's own value without draws."""
-        given = _given(self.amplitudes, at)
+        given = quantities(self.amplitudes, at)
         if self.draws is None:
             return np.atleast_1d(np.asarray(self(**at), dtype=float))
         total = np.exp(self.draws[:, 0])
@@ -349,7 +349,7 @@ class LossLaw:
         return " + ".join([f"L = {self.floor:.4g}", *terms])
 
 
-def _given(names: Mapping[str, Any], at: Mapping[str, ArrayLike]) -> dict[str, Any]:
+def quantities(names: Mapping[str, Any], at: Mapping[str, ArrayLike]) -> dict[str, Any]:
     """The quantities that a law is over, out of those that were passed; others may be there too.
 
     Raises:

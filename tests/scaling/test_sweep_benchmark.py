@@ -13,7 +13,7 @@ from benchmarks.hparams import Benchmark, Setting, as_table, interval
 def tiny() -> Setting:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 4, "head_dim": 8}
-    sweep = {"proxies": (0.04, 0.075, 0.13, 0.27), "tokens_per_parameter": 4, "learning_rates": 3, "batch_sizes": 3}
+    sweep = {"proxies": (0.075, 0.126, 0.267, 0.5), "tokens_per_parameter": 2, "learning_rates": 3, "batch_sizes": 3}
     sweep |= {"refinements": 0, "min_steps": 10, "learning_rate": 0.016, "batch_tokens": 64}
     return Setting(sizes, 300, 16, 0.3, {"stories": 0.3, "both": 0.5}, sweep, 3, (0,), (1, 2), 1)
 
@@ -48,7 +48,7 @@ def test_the_benchmark_reports_regret_and_search_compute_and_goes_on(tmp_path, m
     ]
     numbers = ["one", "and", "one", "are", "two", "so", "two", "and", "two", "are", "four"]
     texts = {}
-    for name, vocabulary, count in (("pretrain", words, 4000), ("train", numbers, 8000), ("eval", numbers, 700)):
+    for name, vocabulary, count in (("pretrain", words, 4000), ("train", numbers, 20000), ("eval", numbers, 700)):
         texts[name] = tmp_path / f"{name}.txt"
         order = (vocabulary[(k * k + 7 * k // 3 + len(name)) % len(vocabulary)] for k in range(count))
         texts[name].write_text(" ".join(order))
