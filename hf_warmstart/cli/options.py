@@ -9,7 +9,6 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -39,30 +38,32 @@ def growth_options(options: argparse.Namespace) -> dict[str, Any]:
     """The growth options as keywords of `plan_growth` and `certify`.
 
     Raises:
-        WarmstartError: `--set` without a name and a value, or twice the same name.
+        WarmstartError: as `named_values`.
     """
     given: dict[str, Any] = {
         name: value for name in ("width", "depth", "growth_factor") if (value := getattr(options, name)) is not None
     }
-    return named_values(options.set, given)
+    return named_values(options.set, "--set", given)
 
 
-def named_values(texts: Sequence[str], given: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
-    """What `--set NAME=VALUE` options say, beside what is given already.
+def named_values(
+    texts: Sequence[str], option: str, given: Mapping[str, Any] | None = None, literal: bool = False
+) -> dict[str, Any]:
+    """An option that was passed as NAME=VALUE any number of times, beside what is `given`; `literal` values stay text.
 
     Raises:
-        WarmstartError: one without a name and a value, or twice the same name.
+        WarmstartError: one is no name and value, or a name is there twice.
     """
-    found, problems = dict(given), []
+    found, problems = dict(given or {}), []
     for text in texts:
         name, equals, value = text.partition("=")
         name = name.strip().replace("-", "_")
         if not equals or not name or not value.strip():
-            problems.append(f"--set {text!r} is not NAME=VALUE")
+            problems.append(f"{option} {text!r} is not NAME=VALUE")
         elif name in found:
             problems.append(f"{name} is given twice")
         else:
-            found[name] = _value(value.strip())
+            found[name] = value.strip() if literal else _value(value.strip())
     if problems:
         raise WarmstartError("; ".join(problems) + ".")
     return found

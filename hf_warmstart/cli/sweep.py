@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from .options import console, named_values, write_json
 from .progress import EVERY, write_line
+from .recommend import count
 
 if TYPE_CHECKING:
     from ..scaling.sweeps import Progress as SweepProgress
@@ -24,7 +24,6 @@ EXAMPLES = """examples:
       --tokens 20B --sequence-length 2048 --set proxies=[20e6,40e6,80e6,160e6] --set bf16=true
 A sweep that was stopped goes on when the same command runs again.
 """
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 
 
 def add_to(commands: Any) -> None:
@@ -44,7 +43,7 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("--eval", nargs="+", required=True, metavar="FILE", help="held-out text of the same kind")
     parser.add_argument(
-        "--tokens", type=count_of, required=True, metavar="D", help="planned for the target, such as 20B"
+        "--tokens", type=count, required=True, metavar="D", help="planned for the target, such as 20B"
     )
     parser.add_argument("--sequence-length", type=int, required=True, metavar="T", help="in tokens")
     parser.add_argument("--tokenizer", metavar="SOURCE", help="a folder or Hub id (default: the target's)")
@@ -75,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
         tokens=options.tokens,
         sequence_length=options.sequence_length,
         tokenizer=options.tokenizer,
-        **named_values(options.set),
+        **named_values(options.set, "--set"),
     )
     check_folder(options.output, plan.identity)
     if options.dry_run:
@@ -94,15 +93,6 @@ def run(options: argparse.Namespace) -> int:
     elif main:
         console().print(f"{made}\nTable: {made.path}", markup=False, soft_wrap=True)
     return 0
-
-
-def count_of(text: str) -> float:
-    """A number of tokens, such as `20B`, `1.5T` or `300000`."""
-    match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([KMBGT]?)", text.strip(), flags=re.IGNORECASE)
-    try:
-        return float(match.group(1)) * UNITS[match.group(2).upper()] if match else float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens; pass one such as 20B or 3e8") from error
 
 
 def _is_main_process() -> bool:

@@ -30,8 +30,8 @@ from ..errors import WarmstartError
 Array = NDArray[np.float64]
 
 HUBER_DELTA = 1e-3  # of log residuals: Hoffmann et al. 2022, arXiv 2203.15556, section 3.3
-FINISHED = 24  # starts that scipy finishes, the best of all after a few steps
-FIRST_STEPS, LAST_STEPS = 12, 100
+FINISHED = 8  # starts that scipy finishes, the best of all after a few steps
+FIRST_STEPS, LAST_STEPS = 15, 100
 BATCH_NUMBERS = 4_000_000  # of float64 in the largest array of one batch of `refit`
 
 
@@ -185,7 +185,7 @@ def fit(
     # finished by our own descent, whose threshold is on ln y itself.
     finished = [
         least_squares(
-            residuals, theta, jac=slopes, loss="huber", f_scale=delta * root.mean(), x_scale="jac", max_nfev=400
+            residuals, theta, jac=slopes, loss="huber", f_scale=delta * root.mean(), x_scale="jac", max_nfev=100
         ).x
         for theta in tried[order]
     ]

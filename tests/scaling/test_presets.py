@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
 from hf_warmstart import HparamPredictor, WarmstartError
+from hf_warmstart.scaling.predictor import formula
 from hf_warmstart.scaling.presets import LogLaw, preset_data, preset_names, preset_recipe, tuned_recipe
 
 
@@ -79,3 +81,19 @@ def test_recipes_that_follow_the_run_do():
     assert small.betas == (0.9, 0.99) and large.betas == (0.9, 0.95) and small.warmup_fraction == pytest.approx(0.05)
     marin = tuned_recipe("marin", preset_recipe("marin"), params=1e8, tokens=2e9, batch_tokens=6e5, sequences=256)
     assert marin.betas == (0.95, pytest.approx(0.98**2)) and marin.epsilon == 1e-15
+
+
+def document_rows() -> list[str]:
+    """The table of `docs/hyper-parameters.md`, from the data."""
+    found = []
+    for name, data in preset_data().items():
+        laws = HparamPredictor.from_pretrained(name).laws
+        reach = "; ".join(f"{n} {low:.3g} to {high:.3g}" for n, (low, high) in laws.range.items()) or "not published"
+        cells = (f"`{name}`", formula(laws.learning_rate), formula(laws.batch_tokens), data["fitted_schedule"], reach)
+        found.append("| " + " | ".join([*cells, data["source"]]) + " |")
+    return found
+
+
+def test_the_documents_table_of_presets_is_the_data():
+    text = (Path(__file__).parents[2] / "docs" / "hyper-parameters.md").read_text()
+    assert [line for line in text.splitlines() if line.startswith("| `") and "`params`" not in line] == document_rows()
