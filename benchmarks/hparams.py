@@ -37,7 +37,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from hf_warmstart import HparamPredictor, WarmstartError, run_sweep
 from hf_warmstart.cli.coverage import versions
 from hf_warmstart.scaling.compute import count_parameters, flops_per_token
-from hf_warmstart.scaling.evaluation import fingerprint
 from hf_warmstart.scaling.presets import preset_names
 from hf_warmstart.scaling.sweeps.config import SweepConfig
 from hf_warmstart.scaling.sweeps.cost import FORWARD_SHARE, GRID_POINTS, GRID_SEEDS
@@ -257,8 +256,8 @@ class Benchmark:
         """Everything; the report, which is written as `report.json`."""
         sweep = self.sweep()
         self.say(str(sweep))
-        marks = fingerprint(self.evaluation.tokens.long(), config=self.config)
-        predictor = HparamPredictor.fit(sweep.runs, fingerprint=marks)
+        marks = sweep.plan.fingerprint
+        predictor = HparamPredictor.fit(sweep)
         self.say(str(predictor))
         grid_flops = GRID_POINTS * GRID_SEEDS * self.tokens * self.flops_per_token
         eval_flops = FORWARD_SHARE * self.flops_per_token * self.evaluation.tokens.numel()

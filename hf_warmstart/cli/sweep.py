@@ -42,9 +42,7 @@ def add_to(commands: Any) -> None:
         "--train", nargs="+", required=True, metavar="FILE", help="text that the target is to be trained on"
     )
     parser.add_argument("--eval", nargs="+", required=True, metavar="FILE", help="held-out text of the same kind")
-    parser.add_argument(
-        "--tokens", type=count, required=True, metavar="D", help="planned for the target, such as 20B"
-    )
+    parser.add_argument("--tokens", type=count, required=True, metavar="D", help="planned for the target, such as 20B")
     parser.add_argument("--sequence-length", type=int, required=True, metavar="T", help="in tokens")
     parser.add_argument("--tokenizer", metavar="SOURCE", help="a folder or Hub id (default: the target's)")
     parser.add_argument(

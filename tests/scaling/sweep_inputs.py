@@ -8,15 +8,15 @@ from transformers import LlamaConfig, PreTrainedConfig
 
 VOCABULARY, LENGTH = 16, 16
 OPTIONS = {
-    "proxies": [650, 1300, 2400],
-    "tokens_per_parameter": 3,
+    "proxies": [1300, 2400, 4500],
+    "tokens_per_parameter": 2,
     "learning_rates": 3,
     "batch_sizes": 2,
     "learning_rate_step": 4,
     "learning_rate": 0.016,
     "batch_tokens": 64,
     "refinements": 0,
-    "min_steps": 10,
+    "min_steps": 8,
 }
 
 

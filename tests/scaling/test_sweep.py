@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from torch.optim import SGD
 from transformers import LlamaForCausalLM, get_wsd_schedule
 
-from hf_warmstart import WarmstartError, run_sweep
+from hf_warmstart import HparamPredictor, WarmstartError, run_sweep
 from hf_warmstart.cli import main
 from hf_warmstart.errors import CheckpointError
-from hf_warmstart.scaling.sweeps import SweepConfig
+from hf_warmstart.scaling.evaluation import evaluate
+from hf_warmstart.scaling.sweeps import Sweep, SweepConfig
 from hf_warmstart.scaling.sweeps.cost import evaluations, run_flops, run_tokens
 from hf_warmstart.scaling.sweeps.design import Point
 from hf_warmstart.scaling.sweeps.folder import SweepFolder
@@ -166,6 +168,29 @@ def test_a_sweep_leaves_a_table(swept):
     assert str(len(rows)) in str(sweep)
 
 
+def test_laws_are_fitted_to_a_sweep_with_what_it_was_made_with(swept, tmp_path):
+    sweep, folder, _ = swept
+    laws = [HparamPredictor.fit(source, draws=20) for source in (sweep, folder, str(folder / "runs.jsonl"))]
+    assert len({str(law) for law in laws}) == 1
+    assert laws[0].laws.recipe.decay_fraction == 0.2 and laws[0].laws.fingerprint == sweep.plan.fingerprint
+    assert len(laws[0].runs) == sum(row["status"] == "finished" for row in sweep.runs)
+    model = LlamaForCausalLM(target())
+    rows = Dataset.from_parquet(str(folder / "eval.parquet"), cache_dir=str(tmp_path))
+    found = evaluate(model, rows)
+    assert found.fingerprint == sweep.plan.fingerprint
+    assert found.loss == pytest.approx(held_out_loss(model, sweep.plan.evaluation, SweepConfig()), rel=1e-6)
+    settings = laws[0].recommend(
+        params=17568, tokens=50_000, sequence_length=LENGTH, eval_loss=found.loss, eval_fingerprint=found.fingerprint,
+        config=target(),
+    )  # fmt: skip
+    assert 0 < settings.learning_rate < 1
+    with pytest.raises(WarmstartError, match="only planned"):
+        HparamPredictor.fit(Sweep(sweep.plan))
+    (tmp_path / "sweep.json").write_text("{}")
+    with pytest.raises(WarmstartError, match="no runs.jsonl yet"):
+        HparamPredictor.fit(tmp_path)
+
+
 def test_progress_ends_where_the_sweep_does(swept):
     sweep, _, seen = swept
     assert seen[-1].flops == pytest.approx(sweep.spent_flops) and seen[-1].of == pytest.approx(seen[-1].flops)
@@ -209,7 +234,7 @@ def test_two_processes_do_not_run_one_sweep(tmp_path):
 
 
 def test_finished_costs_are_those_that_were_planned(tmp_path):
-    sweep = run_sweep(target(), **arguments(tmp_path, stop_ratio=None, tokens_per_parameter=(2, 4)))
+    sweep = run_sweep(target(), **arguments(tmp_path, stop_ratio=None, tokens_per_parameter=(1, 2)))
     assert {row["status"] for row in sweep.runs} == {"finished"} and len(sweep.runs) == 36
     asked, eval_tokens = sweep.plan.asked, sweep.plan.evaluation.tokens.numel()
     for small in sweep.plan.proxies:
@@ -319,4 +344,4 @@ def test_the_command_says_what_is_wrong(command, capsys):
     assert "A sweep has no options ['lr']" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*command, "--tokens", "many"])
-    assert "is no number of tokens" in capsys.readouterr().err
+    assert "is no count such as 20B" in capsys.readouterr().err

@@ -179,11 +179,11 @@ def plan(config=None, **changes):
 def test_proxies_are_of_the_targets_family_on_one_path_of_tokens_per_parameter():
     planned = plan()
     assert [p.params for p in planned.proxies] == sorted(p.params for p in planned.proxies)
-    for proxy, wanted in zip(planned.proxies, (650, 1300, 2400), strict=True):
+    for proxy, wanted in zip(planned.proxies, (1300, 2400, 4500), strict=True):
         assert type(proxy.config) is type(target()) and proxy.config.head_dim == 8
         assert proxy.params == count_parameters(proxy.config).non_embedding
         assert proxy.params == pytest.approx(wanted, rel=0.1)
-        assert proxy.tokens[0] / proxy.params == pytest.approx(3, abs=(LENGTH / 2 + 1e-6) / proxy.params)
+        assert proxy.tokens[0] / proxy.params == pytest.approx(2, abs=(LENGTH / 2 + 1e-6) / proxy.params)
     assert planned.target_params == count_parameters(target()).non_embedding
 
 
@@ -212,8 +212,8 @@ def test_the_cost_is_a_share_of_the_grid_on_the_target():
 
 def test_what_cannot_be_swept_is_refused():
     bad = {
-        "too few: two numbers": {"proxies": [650, 1300]},
-        "smaller than the target.*1,000,000": {"proxies": [650, 1300, 1_000_000]},
+        "too few: two numbers": {"proxies": [1300, 2400]},
+        "smaller than the target.*1,000,000": {"proxies": [1300, 2400, 1_000_000]},
         "no proxies near 50 ": {"proxies": [50, 1300, 2400]},
         "names a size twice": {"proxies": [1300, 1300, 2400]},
         "these proxies see fewer: .*parameters": {"min_steps": 1000},

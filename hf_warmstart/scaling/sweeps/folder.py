@@ -1,8 +1,10 @@
 """The folder of a sweep: what was asked, what is finished, and the table that `HparamPredictor.fit` reads.
 
-    sweep.json        what was asked, with digests of config and texts; a sweep of anything else is refused
+    sweep.json        what was asked, with digests of config and texts; a sweep of anything else is refused. Beside that, what
+                      a predictor keeps of it: the evaluation's fingerprint and the recipe of the runs
     finished/*.jsonl  one file for each run, one line for each of its horizons; it takes its name when it is complete
     runs.jsonl        the table: all lines of finished/, in a fixed order
+    eval.parquet      the held-out tokens, for the loss of a checkpoint that is to be put through the laws
 
 A sweep that was killed leaves whole files or none, so that it goes on with what is missing. Ranks share the folder.
 """
@@ -14,12 +16,18 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from types import MappingProxyType
+from typing import IO, TYPE_CHECKING, Any
 
 from ...errors import CheckpointError, WarmstartError
 
-SWEEP_NAME, TABLE_NAME, FINISHED_NAME, LOCK_NAME = "sweep.json", "runs.jsonl", "finished", ".lock"
-MADE_WITH = "made_with"
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SWEEP_NAME, TABLE_NAME, EVAL_NAME, FINISHED_NAME, LOCK_NAME = (
+    "sweep.json", "runs.jsonl", "eval.parquet", "finished", ".lock",
+)  # fmt: skip
+NOT_COMPARED = ("made_with", "fingerprint", "recipe")
 Row = dict[str, Any]
 ORDER = ("params", "tokens", "batch_tokens", "learning_rate", "seed")
 
@@ -28,8 +36,8 @@ class SweepFolder:
     """A folder, opened for one sweep.
 
     Args:
-        path: made where it does not exist. asked: what makes this sweep this sweep, as plain data. made_with: what else
-            `sweep.json` is to say; it is not compared.
+        path: made where it does not exist. asked: what makes this sweep this sweep, as plain data. beside: what else
+            `sweep.json` is to say, under the names in `NOT_COMPARED`. evaluation: the held-out tokens (sequences, tokens).
         writes: whether this process locks the folder and writes the table; the others add finished runs alone.
 
     Raises:
@@ -37,7 +45,14 @@ class SweepFolder:
         CheckpointError: another process runs this sweep.
     """
 
-    def __init__(self, path: str | os.PathLike, asked: Mapping[str, Any], made_with: Any = None, writes: bool = True):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        asked: Mapping[str, Any],
+        beside: Mapping[str, Any] = MappingProxyType({}),
+        evaluation: Tensor | None = None,
+        writes: bool = True,
+    ):
         self.path, self.writes = Path(path), writes
         self.rows: dict[str, list[Row]] = {}
         self._lock: IO | None = None
@@ -53,7 +68,9 @@ class SweepFolder:
                     f"Another process runs the sweep in {path}. Wait for it, or pass another."
                 ) from error
             if not (self.path / SWEEP_NAME).exists():
-                said = {**asked, MADE_WITH: made_with}
+                if evaluation is not None:
+                    _write_tokens(self.path / EVAL_NAME, evaluation)
+                said = {**asked, **beside}
                 write_atomically(self.path / SWEEP_NAME, json.dumps(said, indent=2) + "\n")
             for left in (self.path / FINISHED_NAME).glob(".*"):  # by a process that was killed
                 left.unlink()
@@ -92,7 +109,7 @@ def check_folder(path: str | os.PathLike, asked: Mapping[str, Any]) -> None:
         raise WarmstartError(f"output_dir={str(path)!r} is a file. Pass a folder.")
     file = path / SWEEP_NAME
     if not file.is_file():
-        if path.is_dir() and any(entry.name not in (FINISHED_NAME, LOCK_NAME) for entry in path.iterdir()):
+        if path.is_dir() and any(entry.name not in (FINISHED_NAME, LOCK_NAME, EVAL_NAME) for entry in path.iterdir()):
             raise WarmstartError(
                 f"output_dir={str(path)!r} holds files, and none of a sweep. Pass a new or empty folder."
             )
@@ -102,7 +119,7 @@ def check_folder(path: str | os.PathLike, asked: Mapping[str, Any]) -> None:
     except ValueError as error:
         raise CheckpointError(f"{file} is damaged: {error}. Remove the folder, or pass another.") from error
     if isinstance(found, dict):
-        found.pop(MADE_WITH, None)
+        found = {name: value for name, value in found.items() if name not in NOT_COMPARED}
     different = sorted(_different(found, json.loads(json.dumps(asked))))
     if different:
         raise WarmstartError(
@@ -132,6 +149,14 @@ def _short(value: Any) -> str:
 
 def _line(row: Row) -> str:
     return json.dumps(row, allow_nan=False) + "\n"
+
+
+def _write_tokens(path: Path, tokens: Tensor) -> None:
+    """Rows of `input_ids` as Parquet."""
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"input_ids": tokens.tolist()}), path)
 
 
 def write_atomically(path: Path, text: str) -> None:

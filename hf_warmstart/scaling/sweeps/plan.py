@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from ...errors import WarmstartError
 from ...growth.source import class_and_config
 from ..compute import count_parameters, flops_per_token, training_flops
+from ..evaluation import Fingerprint, fingerprint
 from .config import SweepConfig
 from .cost import GRID_POINTS, GRID_SEEDS, BudgetCost, SweepCost, run_flops
 from .design import Limits, Point, first_centre, first_points
@@ -34,7 +35,7 @@ class SweepPlan:
     Args:
         model_class: of target and proxies. target_params: N of the target. tokens: D that is planned for it.
         sequence_length: T. proxies: the smallest first. train, evaluation: the texts. asked: the options.
-        cost: in FLOPs, beforehand. target_digest: of the target's config.
+        cost: in FLOPs, beforehand. target_digest: of the target's config. fingerprint: of the held-out text, for the laws.
     """
 
     model_class: type[PreTrainedModel]
@@ -47,6 +48,7 @@ class SweepPlan:
     asked: SweepConfig
     cost: SweepCost
     target_digest: str = field(repr=False)
+    fingerprint: Fingerprint = field(repr=False)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -68,6 +70,20 @@ class SweepPlan:
             },
             "proxies": [{"params": p.params, "tokens": list(p.tokens)} for p in self.proxies],
             "options": {name: value for name, value in options.items() if name not in HOW_TO_RUN},
+        }
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What the runs have besides learning rate and batch, as `HparamPredictor.fit` takes it; warm-up of the longest."""
+        asked = self.asked
+        return {
+            "schedule": "warmup_stable_decay",
+            "decay_fraction": asked.decay,
+            "warmup_fraction": asked.warmup * asked.paths[0] / asked.paths[-1],
+            "betas": [asked.adam_beta1, asked.adam_beta2],
+            "epsilon": asked.adam_epsilon,
+            "weight_decay": asked.weight_decay,
+            "max_grad_norm": asked.max_grad_norm,
         }
 
     def limits(self, proxy: Proxy) -> Limits:
@@ -142,6 +158,7 @@ def plan_sweep(
     return SweepPlan(
         model_class, count.non_embedding, float(tokens), sequence_length, tuple(proxies), train, evaluation, asked,
         SweepCost(tuple(budgets), grid), hashlib.sha256(data.encode()).hexdigest(),
+        fingerprint(evaluation.tokens.long(), tokenizer=found, config=config),
     )  # fmt: skip
 
 

@@ -214,9 +214,13 @@ class _Runner:
         self.plan, self.asked = plan, plan.asked
         self.state = PartialState()
         self.report = report if self.state.is_main_process else None
-        made_with = {"hf_warmstart": __version__, "tokens": plan.tokens, "world_size": self.state.num_processes}
+        beside = {
+            "made_with": {"hf_warmstart": __version__, "tokens": plan.tokens, "world_size": self.state.num_processes},
+            "fingerprint": plan.fingerprint.to_dict(),
+            "recipe": plan.recipe,
+        }
         if self.state.is_main_process:
-            self.folder = SweepFolder(output_dir, plan.identity, made_with)
+            self.folder = SweepFolder(output_dir, plan.identity, beside, plan.evaluation.tokens)
         self.state.wait_for_everyone()
         if not self.state.is_main_process:
             self.folder = SweepFolder(output_dir, plan.identity, writes=False)

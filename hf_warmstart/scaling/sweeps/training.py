@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from ...growth.twin import default_dtype
 from .config import SweepConfig
@@ -234,6 +234,8 @@ def new_model(model_class: type[PreTrainedModel], proxy: Proxy, device: torch.de
 
 def new_optimizer(model: nn.Module, learning_rate: float, asked: SweepConfig) -> torch.optim.AdamW:
     """AdamW with weight decay on what `Trainer` decays: all but biases and norms."""
+    from transformers import Trainer
+
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     groups: list[dict[str, Any]] = [
         {"params": [p for n, p in model.named_parameters() if (n in decayed) == decays], "weight_decay": decay}
