@@ -90,10 +90,10 @@ def _sizes(hidden: int, inner: int, layers: int, heads: int) -> dict[str, int]:
 SETTINGS = {
     # Minutes: fewer points and seeds than the claim asks for, so that it shows the way and no more.
     "quick": Setting(
-        _sizes(48, 128, 2, 6), 512, 64, 2.0, {"stories": 3.0, "both": 8.0},
-        {"proxies": (0.09, 0.16, 0.25, 0.42), "tokens_per_parameter": 5, "learning_rates": 4, "batch_sizes": 3,
+        _sizes(48, 128, 2, 6), 512, 64, 1.0, {"stories": 1.5, "both": 4.0},
+        {"proxies": (0.09, 0.16, 0.25, 0.34), "tokens_per_parameter": 3, "learning_rates": 4, "batch_sizes": 3,
          "refinements": 1, "min_steps": 20},
-        side=3, grid_seeds=(0,), fresh_seeds=(1, 2), extensions=1, eval_tokens=2**15,
+        side=3, grid_seeds=(0,), fresh_seeds=(1, 2), extensions=1, eval_tokens=2**14,
     ),
     "full": Setting(
         _sizes(96, 256, 3, 12), 1024, 128, 4.0, {"stories": 4.0, "both": 16.0},

@@ -9,14 +9,14 @@ from transformers import LlamaConfig, PreTrainedConfig
 VOCABULARY, LENGTH = 16, 16
 OPTIONS = {
     "proxies": [1300, 2400, 4500],
-    "tokens_per_parameter": 2,
+    "tokens_per_parameter": 1.5,
     "learning_rates": 3,
     "batch_sizes": 2,
     "learning_rate_step": 4,
-    "learning_rate": 0.016,
-    "batch_tokens": 64,
+    "learning_rate": 0.03,
+    "batch_tokens": 128,
     "refinements": 0,
-    "min_steps": 8,
+    "min_steps": 5,
 }
 
 

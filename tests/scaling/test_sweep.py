@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -234,7 +235,7 @@ def test_two_processes_do_not_run_one_sweep(tmp_path):
 
 
 def test_finished_costs_are_those_that_were_planned(tmp_path):
-    sweep = run_sweep(target(), **arguments(tmp_path, stop_ratio=None, tokens_per_parameter=(1, 2)))
+    sweep = run_sweep(target(), **arguments(tmp_path, stop_ratio=None, tokens_per_parameter=(0.5, 1)))
     assert {row["status"] for row in sweep.runs} == {"finished"} and len(sweep.runs) == 36
     asked, eval_tokens = sweep.plan.asked, sweep.plan.evaluation.tokens.numel()
     for small in sweep.plan.proxies:
@@ -260,6 +261,7 @@ def start(command: list, folder: Path) -> subprocess.Popen:
     return subprocess.Popen([*command, str(folder)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_to_the_same_table(swept, tmp_path):
     """Killed in the middle of its runs, then finished in this process."""
     sweep, _, _ = swept
@@ -325,17 +327,20 @@ def command(tmp_path) -> list[str]:
     return given
 
 
-def test_the_command_says_the_cost_and_leaves_the_same_table(command, swept, tmp_path, capsys):
+def test_the_command_says_the_cost_and_goes_on_with_the_same_sweep(command, swept, tmp_path, capsys):
     assert main([*command, "--dry-run"]) == 0
     assert "of 25 points and 2 seeds on the target" in capsys.readouterr().out and not (tmp_path / "out").exists()
     assert main([*command, "--dry-run", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["cost"] == swept[0].plan.cost.to_dict() and data["tokens"] == 200_000
+    shutil.copytree(swept[1], tmp_path / "out")
+    missing = next((tmp_path / "out" / "finished").glob("*.jsonl"))
+    missing.unlink()
     assert main([*command, "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {line["event"] for line in lines[:-1]} == {"progress"} and lines[-1]["event"] == "done"
     assert lines[-1]["optima"] == swept[0].to_dict()["optima"]
-    assert main(command) == 0
+    assert missing.exists() and main(command) == 0
     assert "grid search on the target" in capsys.readouterr().out
 
 

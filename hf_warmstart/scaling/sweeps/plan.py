@@ -63,11 +63,7 @@ class SweepPlan:
             },
             "sequence_length": self.sequence_length,
             "train": {"sequences": self.train.count, "sha256": self.train.digest},
-            "eval": {
-                "sequences": self.evaluation.count,
-                "text_bytes": self.evaluation.text_bytes,
-                "sha256": self.evaluation.digest,
-            },
+            "eval": {"sequences": self.evaluation.count, "sha256": self.evaluation.digest},
             "proxies": [{"params": p.params, "tokens": list(p.tokens)} for p in self.proxies],
             "options": {name: value for name, value in options.items() if name not in HOW_TO_RUN},
         }
