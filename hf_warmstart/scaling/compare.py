@@ -30,7 +30,7 @@ def recommend_by(names: Iterable[str], **run: Any) -> dict[str, HparamRecommenda
 
         >>> found = recommend_by(["all"], params=3e8, tokens=6e9, sequence_length=2048)
         >>> f"{found['deepseek'].optimal_learning_rate:.2g}", "eval_loss=" in str(found["minicpm"])
-        ('0.0012', True)
+        ('0.0013', True)
     """
     found: dict[str, HparamRecommendation | WarmstartError] = {}
     for name, predictor in [(name, HparamPredictor.from_pretrained(name)) for name in laws_named(names)]:

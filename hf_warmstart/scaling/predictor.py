@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -225,12 +226,11 @@ class HparamPredictor(
             law's; a loss at or
                 below the law's floor with nothing else to go by.
         """
-        try:
-            return recommend(self.laws, tokens=tokens, sequence_length=sequence_length, params=params, **options)
-        except TypeError as error:
-            if "unexpected keyword" not in str(error):
-                raise
-            raise WarmstartError(f"{error}. See HparamPredictor.recommend for what it takes.") from error
+        if unknown := sorted(set(options) - set(signature(recommend).parameters)):
+            raise WarmstartError(
+                f"recommend has no options {unknown}; it has {sorted(signature(recommend).parameters)[1:]}."
+            )
+        return recommend(self.laws, tokens=tokens, sequence_length=sequence_length, params=params, **options)
 
     # -- saving ---------------------------------------------------------------------------------------------------
 

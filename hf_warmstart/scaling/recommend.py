@@ -82,7 +82,7 @@ def recommend(
         tokens_seen=tokens_seen,
         annealed=annealed,
     )
-    warnings = list(laws.warnings) + list(state.notes)
+    warnings = list(laws.warnings)
     per_token = _flops_per_token(laws, state)
     loss = _loss_of_the_law(laws, state, trust_loss, warnings)
     equivalent, draws, source = _equivalent_compute(laws, state, loss, per_token, warnings, seed)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, WarmstartError
+from ..hub.save import GROWTH_NAME
 from .compute import ParameterCount, count_parameters, flops_per_token, training_flops
 from .evaluation import Fingerprint, evaluate
 
@@ -32,7 +33,6 @@ class StartingState:
         annealed (`bool`, *optional*): whether the learning rate had been decayed; None where it is not known.
         hidden_size, vocab_size (`int`, *optional*), family (`str`, *optional*): from the config.
         from_scratch (`bool`): whether there is no checkpoint at all. grown (`bool`): whether a growth record was found.
-        notes (`list[str]`): what was assumed.
     """
 
     params: float
@@ -49,7 +49,6 @@ class StartingState:
     family: str | None = None
     from_scratch: bool = False
     grown: bool = False
-    notes: list[str] = field(default_factory=list)
 
 
 def starting_state(
@@ -92,7 +91,6 @@ def starting_state(
                 "The number of parameters is not known. Pass params=, or a checkpoint, model or config."
             )
         params = float(count.non_embedding)
-    notes: list[str] = []
     record, parent_params = _growth(config)
     trained = _trainer_state(folder)
     seen = tokens_seen if tokens_seen is not None else trained.get("tokens")
@@ -118,7 +116,6 @@ def starting_state(
         family=getattr(text, "model_type", None),
         from_scratch=checkpoint is None and model is None and eval_loss is None and tokens_seen is None,
         grown=record is not None,
-        notes=notes,
     )
 
 
@@ -205,12 +202,20 @@ def _loss(checkpoint, folder, model, eval_dataset, eval_loss, eval_fingerprint, 
         return measured.loss, measured.error, "measured", measured.fingerprint
     if trained.get("loss") is not None:
         return trained["loss"], 0.0, "trainer_state.json", None
-    growth = folder / "growth.json" if folder else None
-    if record is not None and growth is not None and growth.is_file():
-        metrics = (json.loads(growth.read_text()).get("metrics") or {}) if growth.is_file() else {}
-        if isinstance(metrics.get("eval_loss"), (int, float)):
-            return float(metrics["eval_loss"]), 0.0, "growth.json", None
+    if record is not None and folder is not None and (folder / GROWTH_NAME).is_file():
+        return _loss_of_growth(folder / GROWTH_NAME), 0.0, GROWTH_NAME, None
     return None, 0.0, "", None
+
+
+def _loss_of_growth(path: Path) -> float | None:
+    """The held-out loss that was given when a grown model was saved."""
+    try:
+        loss = (json.loads(path.read_text()).get("metrics") or {}).get("eval_loss")
+        return None if loss is None else float(loss)
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(
+            f"{path.name} of {path.parent.name} cannot be read: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _load(checkpoint: Any) -> Any:

@@ -131,7 +131,7 @@ def test_losses_that_many_draws_never_reach_warn(noisy):
         ({"eval_dataset": [1]}, "needs model= or checkpoint="),
         ({"tokens_seen": -1}, "tokens_seen=-1"),
         ({"tokens_seen": 1e9}, "held-out loss is. Pass eval_dataset="),
-        ({"learning_rte": 1}, "unexpected keyword argument 'learning_rte'"),
+        ({"learning_rte": 1}, r"no options \['learning_rte'\]"),
         ({"checkpoint": "/nowhere/at/all"}, "gives no config"),
     ],
 )
@@ -232,6 +232,9 @@ def test_a_grown_models_record_supplies_its_size_and_its_parents_tokens(predicto
     (folder / "trainer_state.json").unlink()
     (folder / "growth.json").write_text(json.dumps({"metrics": {"eval_loss": 3.2}}))
     assert predictor.recommend(checkpoint=folder, tokens=1e8, sequence_length=64).eval_loss == 3.2
+    (folder / "growth.json").write_text("{")
+    with pytest.raises(WarmstartError, match="growth.json of grown cannot be read"):
+        predictor.recommend(checkpoint=folder, tokens=1e8, sequence_length=64)
 
 
 def test_compute_from_the_config_needs_a_config():
