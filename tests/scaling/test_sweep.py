@@ -192,6 +192,19 @@ def test_laws_are_fitted_to_a_sweep_with_what_it_was_made_with(swept, tmp_path):
         HparamPredictor.fit(tmp_path)
 
 
+def test_a_stopped_run_closes_the_grid_on_its_side():
+    rows = [
+        {"params": n, "tokens": 20 * n, "learning_rate": 2.0**-k, "batch_tokens": 2**b, "status": "finished",
+         "loss": 3 + 1e6 / n + 0.1 * (k - 9) ** 2 + 0.05 * (b - 15) ** 2}
+        for n in (1e6, 2e6, 4e6) for k in (7, 8, 9) for b in (14, 15, 16)
+    ]  # fmt: skip
+    hopeless = [{**row, "learning_rate": 2.0**-11, "loss": None, "status": "stopped"} for row in rows[::9]]
+    edges = [
+        {e for o in HparamPredictor.fit(r, draws=20).laws.optima for e in o["edges"]} for r in (rows, rows + hopeless)
+    ]
+    assert edges == [{"learning_rate low"}, set()]
+
+
 def test_progress_ends_where_the_sweep_does(swept):
     sweep, _, seen = swept
     assert seen[-1].flops == pytest.approx(sweep.spent_flops) and seen[-1].of == pytest.approx(seen[-1].flops)
