@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,7 @@ class Blocks:
 
     def rows(self, start: int, stop: int, seed: int) -> Tensor:
         """Rows `start` to `stop` of an endless stream that takes the blocks in a new order in each pass; int64."""
-        found = [self._order(seed, number)[a:b] for number, a, b in self._passes(start, stop)]
+        found = [_order(self.count, seed, number)[a:b] for number, a, b in self._passes(start, stop)]
         return self.tokens[torch.cat(found)].long()
 
     def _passes(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
@@ -65,9 +66,11 @@ class Blocks:
             yield number, a, b
             start += b - a
 
-    def _order(self, seed: int, number: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        return torch.randperm(self.count, generator=generator)
+
+@lru_cache(maxsize=2)
+def _order(blocks: int, seed: int, number: int) -> Tensor:
+    """The order of the blocks in one pass; kept, since every step of a run asks for it."""
+    return torch.randperm(blocks, generator=torch.Generator().manual_seed(seed * 1_000_003 + number))
 
 
 def read_blocks(
