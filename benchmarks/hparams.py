@@ -95,9 +95,11 @@ SETTINGS = {
          "refinements": 1, "min_steps": 20},
         side=3, grid_seeds=(0,), fresh_seeds=(1, 2), extensions=1, eval_tokens=2**14,
     ),
+    # Short sequences, since the best batch of the smallest proxies is a few hundred tokens.
     "full": Setting(
-        _sizes(96, 256, 3, 12), 1024, 128, 4.0, {"stories": 4.0, "both": 16.0},
-        {"proxies": (0.028, 0.056, 0.1, 0.17), "tokens_per_parameter": (5, 10), "seeds": (0, 1), "min_steps": 30},
+        _sizes(96, 256, 3, 12), 512, 64, 4.0, {"stories": 4.0, "both": 16.0},
+        {"proxies": (0.025, 0.045, 0.075, 0.12), "tokens_per_parameter": (10, 20), "min_steps": 30},
+        eval_tokens=2**16,
     ),
 }  # fmt: skip
 
