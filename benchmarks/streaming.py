@@ -49,11 +49,15 @@ for name in os.listdir(target):
 
 @dataclass
 class Run:
-    """One process: seconds on the clock and of processors, and the most anonymous memory it had, in bytes."""
+    """One process: seconds on the clock and of processors, and the most anonymous memory it had, in bytes.
+
+    `started`: seconds of them before the growth began, where the process tells: torch and transformers are imported.
+    """
 
     seconds: float
     processor: float
     memory: int
+    started: float = 0.0
 
 
 def measured(command: list[str], log: Path) -> Run:
@@ -80,7 +84,9 @@ def measured(command: list[str], log: Path) -> Run:
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)[:300]}\n{log.read_text()[-2000:]}")
-    return Run(seconds, usage.ru_utime + usage.ru_stime, peak)
+    told = [json.loads(line) for line in log.read_text().splitlines() if line.startswith('{"event": "done"')]
+    started = max(0.0, seconds - told[0]["seconds"]) if told else 0.0
+    return Run(seconds, usage.ru_utime + usage.ru_stime, peak, started)
 
 
 def anonymous(process: int) -> int:
@@ -190,13 +196,19 @@ def compare(arms: dict[str, Callable[[Path], list[str]]], work: Path, rounds: in
 
 
 def show(runs: dict[str, list[Run]]) -> None:
-    print(f"  {'arm':<22}{'seconds':>9}{'of cp':>8}{'range':>16}{'processor s':>13}{'anonymous MB':>14}")
+    print(
+        f"  {'arm':<22}{'seconds':>9}{'of cp':>8}{'range':>16}{'imports':>9}{'of cp without':>15}{'processor s':>13}"
+        f"{'anonymous MB':>14}"
+    )
     for name, found in runs.items():
-        ratios = [run.seconds / copy.seconds for run, copy in zip(found, runs["cp"], strict=True)]
+        pairs = list(zip(found, runs["cp"], strict=True))
+        ratios = [run.seconds / copy.seconds for run, copy in pairs]
+        growing = [(run.seconds - run.started) / copy.seconds for run, copy in pairs]
         middle = lambda values: statistics.median(values)  # noqa: E731
         print(
             f"  {name:<22}{middle([r.seconds for r in found]):>9.1f}{middle(ratios):>8.2f}"
-            f"{f'{min(ratios):.2f} to {max(ratios):.2f}':>16}{middle([r.processor for r in found]):>13.1f}"
+            f"{f'{min(ratios):.2f} to {max(ratios):.2f}':>16}{middle([r.started for r in found]):>9.1f}"
+            f"{middle(growing):>15.2f}{middle([r.processor for r in found]):>13.1f}"
             f"{max(r.memory for r in found) / 1e6:>14.0f}"
         )
 

@@ -18,23 +18,31 @@ if TYPE_CHECKING:
     from .growth.state import grow_optimizer_state
     from .growth.upcycle import upcycle
     from .hub import push_to_hub
+    from .scaling.advise import GrowthAdvice, advise_growth
     from .scaling.laws import LossLaw
     from .scaling.predictor import HparamPredictor
     from .scaling.recommendation import HparamRecommendation
     from .scaling.sweeps import run_sweep
+    from .selection.candidates import Candidate
+    from .selection.report import SelectionReport
+    from .selection.select import select_warmstart
     from .training import WarmstartTrainer, WarmstartTrainingArguments
 
 _HOMES = {
+    "Candidate": ".selection.candidates",
     "Certificate": ".growth.certify",
+    "GrowthAdvice": ".scaling.advise",
     "GrowthConfig": ".growth.config",
     "GrowthPlan": ".growth.plan",
     "GrowthRecord": ".growth.plan",
     "HparamPredictor": ".scaling.predictor",
     "HparamRecommendation": ".scaling.recommendation",
     "LossLaw": ".scaling.laws",
+    "SelectionReport": ".selection.report",
     "WarmstartError": ".errors",
     "WarmstartTrainer": ".training",
     "WarmstartTrainingArguments": ".training",
+    "advise_growth": ".scaling.advise",
     "certify": ".growth.certify",
     "grow": ".growth.grow",
     "grow_checkpoint": ".checkpoints.grow_checkpoint",
@@ -42,21 +50,26 @@ _HOMES = {
     "plan_growth": ".growth.grow",
     "push_to_hub": ".hub",
     "run_sweep": ".scaling.sweeps",
+    "select_warmstart": ".selection.select",
     "upcycle": ".growth.upcycle",
 }
 
 __all__ = [
+    "Candidate",
     "Certificate",
+    "GrowthAdvice",
     "GrowthConfig",
     "GrowthPlan",
     "GrowthRecord",
     "HparamPredictor",
     "HparamRecommendation",
     "LossLaw",
+    "SelectionReport",
     "WarmstartError",
     "WarmstartTrainer",
     "WarmstartTrainingArguments",
     "__version__",
+    "advise_growth",
     "certify",
     "grow",
     "grow_checkpoint",
@@ -64,6 +77,7 @@ __all__ = [
     "plan_growth",
     "push_to_hub",
     "run_sweep",
+    "select_warmstart",
     "upcycle",
 ]
 

@@ -31,7 +31,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from ..errors import CheckpointError, WarmstartError
 from ..growth.config import GrowthConfig
@@ -49,6 +48,7 @@ from .safetensors_source import leads_out
 from .sharded import is_sharded
 from .sharded_weights import SHARDED_MODEL, ShardedWeights
 from .staging import Staging, journal_path, staging_folder, write_faults
+from .trainer_files import OPTIMIZER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from .training_files import TrainingFiles
 from .whole_weights import LoadedWeights, StreamedWeights, check_weights, refuse_quantised, whole_weights
 
@@ -316,7 +316,8 @@ def grow_checkpoint(
         max_shard_size (`str` or `int`, defaults to `"5GB"`): of the safetensors files.
         max_memory (`str` or `int`, *optional*): the most anonymous memory that the process may take, such as `"2GB"`, what it
             has already included. By default pieces of some megabytes, whatever the model's size.
-        threads (`int`, *optional*): that compute; by default one for each processor, at most eight. No byte depends on it.
+        threads (`int`, *optional*): that compute; by default one for each processor but one, which hashes and writes, at most
+            eight. No byte depends on it.
         revision (`str`, *optional*): branch, tag or commit of a Hub id; the record keeps the commit.
         low_disk (`bool`, defaults to `False`): of a Hub id, fetch a file of weights when it is needed and drop it again, rather
             than keep all in the Hub's cache: beside the new folder lie the few files that two of its own are made of. The

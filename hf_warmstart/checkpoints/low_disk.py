@@ -211,6 +211,9 @@ class HubShards(SafetensorsSource):
 
     # -- fetching -----------------------------------------------------------------------------------------------------
 
+    def will_need(self, name: str) -> None:
+        """Nothing: whole files are fetched ahead."""
+
     def _file(self, name: str) -> OpenFile:
         with self._lock:
             if self._needs and self._needs[0][0].done:

@@ -57,7 +57,7 @@ def pieces(max_memory: str | int | None, threads: int | None, floor: int = 0) ->
     Args:
         max_memory: the most anonymous memory that the process may take, all it has included; None for pieces that are as
             fast as larger ones.
-        threads: None for one for each processor, at most `MOST_THREADS`.
+        threads: None for one for each processor but one, which hashes and writes; at most `MOST_THREADS`.
         floor: bytes of the largest block that cannot be made smaller.
 
     Raises:
@@ -65,7 +65,7 @@ def pieces(max_memory: str | int | None, threads: int | None, floor: int = 0) ->
     """
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise WarmstartError(f"threads={threads!r} compute nothing. Pass a whole number, 1 or more.")
-    threads = threads or min(processors(), MOST_THREADS)
+    threads = threads or min(max(1, processors() - 1), MOST_THREADS)
     made = Pieces(threads, floor=floor)
     if max_memory is None:
         return made

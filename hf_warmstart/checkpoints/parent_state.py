@@ -29,7 +29,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from ..errors import StateError
 from ..growth.layout import collect
@@ -37,6 +36,7 @@ from ..growth.source import read_config
 from ..growth.state import BORN, NEW, check_entry
 from .sharded import ShardedFolder, is_sharded
 from .torch_file import read_state_file, readable
+from .trainer_files import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 SHARDED_OPTIMIZER = "optimizer_0"
 GROWN_NAME = "grown_optimizer.pt"  # the state of `GrownAdamW`, which no other optimizer can go on from

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -30,7 +31,7 @@ class FileLayout:
     header: bytes = field(repr=False)
     tensors: Mapping[str, FileTensor] = field(repr=False)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the whole file."""
         return len(self.header) + sum(place.nbytes for place in self.tensors.values())
@@ -43,7 +44,7 @@ class FolderLayout:
     files: tuple[FileLayout, ...]
     index: bytes | None = field(repr=False)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of all files and the index."""
         return sum(file.nbytes for file in self.files) + len(self.index or b"")

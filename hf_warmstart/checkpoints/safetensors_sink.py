@@ -19,9 +19,10 @@ from .journal import FinishedFile
 from .safetensors_format import FileTensor
 from .safetensors_layout import INDEX_NAME, FileLayout, TensorSpec, folder_layout
 from .staging import Staging
-from .write_behind import WriteBehind, WrittenFile, copy_into
+from .write_behind import Block, WriteBehind, WrittenFile
 
 PART = ".part"
+WORTHWHILE = 2**18  # bytes below which a block of their own costs more than a copy
 
 
 class Shard:
@@ -40,6 +41,7 @@ class Shard:
         self._sink = sink
         self._file = file
         self._sent = 0
+        self._filling: Block | None = None
 
     @contextmanager
     def open(self) -> Iterator[Shard]:
@@ -53,14 +55,15 @@ class Shard:
         with self._sink.staging.faults(self.name):
             path = self._sink.staging.folder / (self.name + PART)
             path.unlink(missing_ok=True)
-            self._written, self._filled, self._sent = WrittenFile(path), 0, 0
+            self._written, self._sent, self._filling = WrittenFile(path), 0, None
         self._sink._current = self
         try:
             self.write(self._file.header)
             yield self
             if self._sent != self._file.nbytes:
                 raise CheckpointError(f"{self.name} has {self._file.nbytes} bytes; {self._sent} were written to it.")
-            self._send()
+            with self._sink.staging.faults(self.name):
+                self._send_filling()
         except BaseException:
             self._sink._abandoned.append(self._written)
             raise
@@ -78,23 +81,58 @@ class Shard:
         Raises:
             CheckpointError: more than the file holds; or the disk is full or failed, at this or an earlier write.
         """
-        flat = _as_bytes(data)
-        self._sent += len(flat)
-        if self._sent > self._file.nbytes:
-            raise CheckpointError(f"{self.name} has {self._file.nbytes} bytes; {self._sent} were written to it.")
+        flat, behind = _as_bytes(data), self._sink._behind
+        self._check_room(len(flat))
         with self._sink.staging.faults(self.name):
+            behind.check()
             while len(flat):
-                buffer = self._sink._behind.buffer()
-                count = copy_into(buffer, self._filled, flat)
-                self._filled += count
+                block = self._filling = self._filling or behind.block(self._sent, 0)
+                count = min(behind.piece - block.nbytes, len(flat))
+                block.nbytes += count
+                np.copyto(np.frombuffer(block.data, np.uint8)[-count:], flat[:count])
+                self._sent += count
                 flat = flat[count:]
-                if self._filled == len(buffer):
-                    self._send()
+                if block.nbytes == behind.piece:
+                    self._send_filling()
 
-    def _send(self) -> None:
-        if self._filled:
-            self._sink._behind.send(self._written, self._filled)
-        self._filled = 0
+    def block(self, name: str, start: int, nbytes: int) -> Block | None:
+        """Memory for some of a tensor's bytes, to be filled and passed to `send`; None where `write` is as good.
+
+        Any thread may ask, at any time.
+
+        Args:
+            name: of the tensor. start: of its first byte that is meant. nbytes: how many.
+        """
+        if not WORTHWHILE <= nbytes <= self._sink._behind.piece:
+            return None
+        place = self.layout[name]
+        block = self._sink._behind.block(place.offset + start, nbytes)
+        return block if block.lead % place.dtype.itemsize == 0 else None
+
+    def send(self, block: Block) -> None:
+        """Write the next bytes, which are in a block of `block`'s. No copy is made: the memory is no longer the caller's.
+
+        Raises:
+            CheckpointError: they are not the next ones; or as for `write`.
+        """
+        if block.place != self._sent:
+            raise CheckpointError(f"{self.name}: byte {self._sent} is the next to be written, not {block.place}.")
+        self._check_room(block.nbytes)
+        with self._sink.staging.faults(self.name):
+            self._send_filling()
+            self._sink._behind.send(self._written, block)
+        self._sent += block.nbytes
+
+    def _send_filling(self) -> None:
+        if self._filling is not None:
+            self._sink._behind.send(self._written, self._filling)
+        self._filling = None
+
+    def _check_room(self, nbytes: int) -> None:
+        if self._sent + nbytes > self._file.nbytes:
+            raise CheckpointError(
+                f"{self.name} has {self._file.nbytes} bytes; {self._sent + nbytes} were written to it."
+            )
 
 
 class SafetensorsSink:
@@ -109,6 +147,7 @@ class SafetensorsSink:
         total_parameters, storages: as for `folder_layout`.
         other_nbytes (`int`, defaults to 0): bytes of other files that will be added, for the check of the disk's room.
         buffer_nbytes (`int`, defaults to 64 MiB): memory for bytes on their way to the disk.
+        block_nbytes (`int`, defaults to 8 MiB): the most that one block holds.
 
     Attributes:
         shards: all of them, in order.
@@ -141,6 +180,7 @@ class SafetensorsSink:
         storages: Mapping[str, tuple[Hashable, int]] | None = None,
         other_nbytes: int = 0,
         buffer_nbytes: int = 64 * 2**20,
+        block_nbytes: int = 8 * 2**20,
     ):
         self.staging = staging
         self.layout = folder_layout(tensors, max_shard_size, total_parameters=total_parameters, storages=storages)
@@ -156,8 +196,8 @@ class SafetensorsSink:
         staging.check_room(missing + len(self.layout.index or b"") + other_nbytes)
         self._abandoned: list[WrittenFile] = []
         self._current: Shard | None = None
-        depth = 4
-        self._behind = WriteBehind(depth, max(buffer_nbytes // depth // 4096, 1) * 4096)
+        piece = max(min(block_nbytes, buffer_nbytes // 2), 1)
+        self._behind = WriteBehind(buffer_nbytes // piece, piece)
 
     def finish(self) -> None:
         """Wait until all shards are on the disk, and write the index.

@@ -6,6 +6,7 @@ rather than mapped: a mapped file that another process truncates kills the reade
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import stat
@@ -127,6 +128,13 @@ class SafetensorsSource:
         if not 0 <= start <= stop <= entries:
             raise CheckpointError(f"Tensor {short(name)} has entries 0 to {entries}, not {start} to {stop}.")
         return self._read(name, place, start, stop, (stop - start,), out)
+
+    def will_need(self, name: str) -> None:
+        """Have the system read a tensor ahead, while something else is computed: a hint, without which nothing fails."""
+        place = self._place(name)
+        if hasattr(os, "posix_fadvise") and place.nbytes:
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self._file(place.file).descriptor, place.offset, place.nbytes, os.POSIX_FADV_WILLNEED)
 
     def _place(self, name: str) -> FileTensor:
         if name not in self.tensors:

@@ -28,10 +28,12 @@ from ..growth.matrix import Totals
 from ..growth.plan import GrowthPlan
 from ..growth.transform import TensorGrowth, matrix_shape
 from .pieces import Assembled, Box, Reader
-from .safetensors_sink import SafetensorsSink
+from .safetensors_sink import SafetensorsSink, Shard
 from .safetensors_source import SafetensorsSource
+from .write_behind import Block
 
 Made = TypeVar("Made")
+READ_AHEAD = 3  # tensors that the system reads while others are made
 REMEMBERED = 32  # tensors whose maps are kept: more than are under way at once
 
 
@@ -64,6 +66,20 @@ class ParentWeights:
         """Rows of a tensor's matrix form, of shape (stop - start, columns)."""
         return matrix_rows(self._view[name], start, stop, self._read)
 
+    def will_need(self, name: str) -> None:
+        """Have what a tensor is made of read ahead."""
+        for source in self._view[name].sources:
+            self._source.will_need(source)
+
+    def read_into(self, name: str, start: int, stop: int, out: Tensor) -> None:
+        """The same rows into memory of their shape and dtype: without a copy, where they lie so in a file."""
+        tensor = self._view[name]
+        if tensor.source is None:
+            out.copy_(self.rows(name, start, stop))
+            return
+        columns = matrix_shape(tensor.shape)[1]
+        self._source.read_entries(tensor.source, start * columns, stop * columns, out=out.view(-1))
+
     def _read(self, name: str, box: Box) -> Tensor:
         """A box of a tensor in the files, by way of its rows."""
         shape = self._source.tensors[name].shape
@@ -84,14 +100,20 @@ class ParentWeights:
     def digest(self, block_bytes: int) -> str:
         """sha256 over names and bytes of all tensors: that of `growth.source.digest` for the loaded model."""
         total = hashlib.sha256()
+        memory = torch.empty(block_bytes, dtype=torch.uint8)
         for name in sorted(self._view):
             assembled = self._view[name]
+            columns = matrix_shape(assembled.shape)[1]
             total.update(f"{name} {assembled.dtype} {tuple(assembled.shape)}\n".encode())
             for start, stop in blocks_of(assembled, block_bytes):
                 if self._stopped:
                     raise CheckpointError("The parent's digest was given up.")
-                rows = self.rows(name, start, stop)
-                total.update(rows.flatten().view(torch.uint8).numpy().data if rows.numel() else b"")
+                nbytes = (stop - start) * columns * assembled.dtype.itemsize
+                if nbytes > len(memory):
+                    memory = torch.empty(nbytes, dtype=torch.uint8)
+                rows = memory[:nbytes].view(assembled.dtype).view(stop - start, columns)
+                self.read_into(name, start, stop, rows)
+                total.update(memory[:nbytes].numpy().data)
         return total.hexdigest()
 
 
@@ -108,6 +130,15 @@ class GrownWeights:
         of_parent = self._parent.dtypes
         return {name: of_parent[self._plan.source_name(name)] for name in self._plan.names}
 
+    def rows(self, name: str, start: int, stop: int, out: Tensor) -> None:
+        """Rows of a tensor's matrix form, into memory of their shape and dtype."""
+        growth, totals = self._growth(name)
+        source = self._plan.source_name(name)
+        if growth.is_copy:
+            self._parent.read_into(source, start, stop, out)
+        else:
+            growth.weight_rows(partial(self._parent.rows, source), start, stop, totals, out)
+
     def region(self, name: str, box: Box) -> Tensor:
         """A box of a tensor; trailing axes that the box leaves out are whole."""
         growth, totals = self._growth(name)
@@ -121,6 +152,11 @@ class GrownWeights:
         """Take from the parent's whole tensors what blocks of these will need."""
         for name in names:
             self._growth(name)
+
+    def will_need(self, names: Iterable[str]) -> None:
+        """Have what these are made of read ahead."""
+        for name in names:
+            self._parent.will_need(self._plan.source_name(name))
 
     def largest_piece(self) -> int:
         """Bytes of the largest row, or of the largest tensor that is not made by rows."""
@@ -174,25 +210,43 @@ def stream_weights(
     """
     todo = [shard for shard in sink.shards if not shard.done]
 
-    def blocks_in(name: str) -> Iterator[Callable[[], Tensor]]:
-        for start, stop in blocks_of(files[name], block_bytes):
-            yield partial(matrix_rows, files[name], start, stop, grown.region)
+    def made_of(shard: Shard, name: str, start: int, stop: int) -> Block | Tensor:
+        """Some rows of a file's tensor: in the memory that they are written from, where they are made as they are."""
+        tensor = files[name]
+        columns = matrix_shape(tensor.shape)[1]
+        each = columns * tensor.dtype.itemsize
+        block = shard.block(name, start * each, (stop - start) * each) if tensor.source is not None else None
+        if block is None:
+            return matrix_rows(tensor, start, stop, grown.region)
+        grown.rows(str(tensor.source), start, stop, block.tensor(tensor.dtype, (stop - start, columns)))
+        return block
 
-    def work() -> Iterator[Callable[[], Tensor | None]]:
-        names = [name for shard in todo for name in shard.layout]
-        for name, following in itertools.zip_longest(names, names[1:]):
-            if following is not None:  # so that no thread waits for it
+    def blocks_in(shard: Shard, name: str) -> Iterator[Callable[[], Block | Tensor]]:
+        for start, stop in blocks_of(files[name], block_bytes):
+            yield partial(made_of, shard, name, start, stop)
+
+    def work() -> Iterator[Callable[[], Block | Tensor | None]]:
+        names = [(shard, name) for shard in todo for name in shard.layout]
+        for number, (shard, name) in enumerate(names):
+            # So that no thread waits: for the disk, nor for another one.
+            for _, later in names[number + 1 : number + 1 + READ_AHEAD]:
+                grown.will_need(files[later].sources)
+            for _, following in names[number + 1 : number + 2]:
                 yield partial(grown.prepare, files[following].sources)
-            yield from blocks_in(name)
+            yield from blocks_in(shard, name)
 
     with ahead(work(), threads, window) as results:
         made = (rows for rows in results if rows is not None)
         for shard in todo:
             with shard.open():
-                for _ in itertools.chain.from_iterable(map(blocks_in, shard.layout)):
+                for _ in itertools.chain.from_iterable(blocks_in(shard, name) for name in shard.layout):
                     rows = next(made)
-                    shard.write(rows)
-                    progress(rows.nbytes)
+                    nbytes = rows.nbytes
+                    if isinstance(rows, Block):
+                        shard.send(rows)
+                    else:
+                        shard.write(rows)
+                    progress(nbytes)
 
 
 @contextmanager

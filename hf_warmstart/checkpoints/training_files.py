@@ -11,12 +11,10 @@ from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, TRAINER_STATE_NAME
 
 from ..errors import WarmstartError
 from ..growth.plan import GrowthPlan
 from ..growth.twin import build
-from ..training.grown_adamw import set_aside_for_us
 from .memory import Pieces
 from .parent_state import (
     SCHEDULER_NAMES,
@@ -28,8 +26,10 @@ from .parent_state import (
     read_settings,
 )
 from .ranks import mesh_of_ranks, on_main
+from .set_aside import set_aside_for_us
 from .sharded import is_sharded
 from .state_stream import optimizer_bytes, write_optimizer, write_sharded_optimizer
+from .trainer_files import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, TRAINER_STATE_NAME
 
 
 @dataclass(frozen=True)

@@ -161,6 +161,7 @@ class StreamedWeights:
             fingerprint=fingerprint,
             other_nbytes=other_nbytes,
             buffer_nbytes=pieces.buffers,
+            block_nbytes=pieces.block,
             **self._layout_options,
         )
         done = sum(file.nbytes for file, shard in zip(self.layout.files, sink.shards, strict=True) if shard.done)

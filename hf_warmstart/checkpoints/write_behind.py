@@ -1,12 +1,15 @@
-"""`WriteBehind`: bytes go to disk, and through sha256, while the next ones are computed.
+"""`WriteBehind`: bytes go to disk, and through sha256, out of the memory that they were made in, while the next are made.
 
-    caller: copy -> ring of buffers -> thread: pwrite
-                                    -> thread: sha256
-                                    -> thread: fsync of finished files and what follows it
+    block of memory: filled by its maker -> thread: pwrite  -> used again
+                                         -> thread: sha256 ->
+                                            thread: fsync of finished files and what follows it
 
-A buffer is used again when both threads are done with it: memory is bounded, and a fault in a thread reaches the caller
-when its turn in the ring comes, at the latest. Where the system allows, files are written past the page cache (O_DIRECT):
-a checkpoint is not read back soon, and the copy into the cache costs more processor time than all else here.
+Few blocks are under way at once, so memory is bounded, and a fault in a thread reaches the caller at one of the next blocks.
+
+Where the system allows, files are written past the page cache (O_DIRECT): a checkpoint is not read back soon, and the copy into
+the cache costs more processor time than the rest of writing. That wants whole pages, in memory and on disk: a block's bytes
+begin as far behind a page of memory as they do behind one of the file, and what the block before left over of that page is
+put in front of them. So nothing is copied but that. Blocks are used again because fresh memory is a page fault for each 4 KiB.
 """
 
 from __future__ import annotations
@@ -16,43 +19,83 @@ import fcntl
 import hashlib
 import mmap
 import os
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
+import torch
 
-BLOCK = 4096  # what O_DIRECT aligns to, in memory and on disk
+PAGE = 4096  # what O_DIRECT aligns to, in memory and on disk
 SYNC_BYTES = 64 * 2**20  # written between two early syncs, where the page cache is in use
 
 
-class WriteBehind:
-    """A ring of `depth` buffers of `piece` bytes (a multiple of 4096), and three threads, until `close`."""
+class Block:
+    """Memory for bytes that go to one place of a file.
 
-    def __init__(self, depth: int = 4, piece: int = 16 * 2**20):
-        # Anonymous maps begin at a page.
-        self._buffers = [mmap.mmap(-1, piece) for _ in range(depth)]
-        self._busy: list[list[Future]] = [[] for _ in self._buffers]
-        self._turn = 0
+    Args:
+        memory: pages, one more than the bytes fill.
+
+    Attributes:
+        place: where in the file. nbytes: how many there are.
+    """
+
+    def __init__(self, memory: mmap.mmap):
+        self.memory = memory
+        self.place = self.nbytes = 0
+
+    @property
+    def lead(self) -> int:
+        """How far behind a page they begin."""
+        return self.place % PAGE
+
+    @property
+    def data(self) -> memoryview:
+        """The bytes."""
+        return memoryview(self.memory)[self.lead : self.lead + self.nbytes]
+
+    def tensor(self, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        """The same memory as a tensor."""
+        flat = torch.frombuffer(self.memory, dtype=torch.uint8, count=self.nbytes, offset=self.lead)
+        return flat.view(dtype).view(shape)
+
+
+class WriteBehind:
+    """Blocks of up to `piece` bytes, at most `depth` of them on their way to the disk, and three threads, until `close`."""
+
+    def __init__(self, depth: int = 8, piece: int = 8 * 2**20):
+        self.piece = piece
+        self._depth = depth
+        self._free: deque[Block] = deque()
+        self._sent: deque[tuple[Block, list[Future]]] = deque()
         self._writer = ThreadPoolExecutor(1, "checkpoint-writer")
         self._hasher = ThreadPoolExecutor(1, "checkpoint-hasher")
         self._finisher = ThreadPoolExecutor(1, "checkpoint-finisher")
         self._finishing: list[Future] = []
 
-    def buffer(self) -> mmap.mmap:
-        """The next free buffer; waits for it. What failed in a thread is raised here."""
-        self.check()
-        for future in self._busy[self._turn]:
-            future.result()
-        self._busy[self._turn] = []
-        return self._buffers[self._turn]
+    def block(self, place: int, nbytes: int) -> Block:
+        """Memory for bytes of a place in a file, at most `piece`. Any thread may ask."""
+        try:
+            block = self._free.pop()
+        except IndexError:
+            private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            block = Block(mmap.mmap(-1, -(-self.piece // PAGE) * PAGE + PAGE, flags=private))
+        block.place, block.nbytes = place, nbytes
+        return block
 
-    def send(self, file: WrittenFile, nbytes: int) -> None:
-        """Write the first bytes of the buffer given last to the end of a file."""
-        view = memoryview(self._buffers[self._turn])[:nbytes]
-        self._busy[self._turn] = [self._writer.submit(file.write, view), self._hasher.submit(file.sha256.update, view)]
-        file.pending = self._busy[self._turn]
-        self._turn = (self._turn + 1) % len(self._buffers)
+    def send(self, file: WrittenFile, block: Block) -> None:
+        """Write a block's bytes, which follow those sent before. The memory is used again: it is no longer the caller's.
+
+        What failed in a thread is raised here; waits until few enough are under way.
+        """
+        self.check()
+        while self._sent and (len(self._sent) >= self._depth or all(future.done() for future in self._sent[0][1])):
+            written, futures = self._sent.popleft()
+            for future in futures:
+                future.result()
+            self._free.append(written)
+        file.pending = [self._writer.submit(file.write, block), self._hasher.submit(file.sha256.update, block.data)]
+        self._sent.append((block, file.pending))
         if not file.is_direct and file.nbytes - file.synced >= SYNC_BYTES:
             file.synced = file.nbytes
             self._finishing.append(self._finisher.submit(os.fdatasync, file.descriptor))
@@ -62,6 +105,7 @@ class WriteBehind:
 
         def finish() -> None:
             file.wait()
+            file.write_rest()
             os.fsync(file.descriptor)
             file.close()
             then(file)
@@ -70,7 +114,7 @@ class WriteBehind:
 
     def check(self, wait: bool = False) -> None:
         """Raise what failed in a thread so far; with `wait`, in all that is under way."""
-        for future in (*self._finishing, *(future for busy in self._busy for future in busy)):
+        for future in (*self._finishing, *(future for _, sent in self._sent for future in sent)):
             if wait or future.done():
                 future.result()
         self._finishing = [future for future in self._finishing if not future.done()]
@@ -86,7 +130,8 @@ class WrittenFile:
 
     Attributes:
         sha256: of what was sent to it.
-        nbytes: written so far.
+        nbytes: written so far, but for `rest`.
+        rest: of the last page that was begun, where only whole pages can be written.
         is_direct: whether it is written past the page cache.
         pending: what the threads do with the last piece; all pieces before are done when that is.
     """
@@ -95,6 +140,7 @@ class WrittenFile:
         self.path = path
         self.sha256 = hashlib.sha256()
         self.nbytes = self.synced = 0
+        self.rest = b""
         self.pending: list[Future] = []
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         direct = getattr(os, "O_DIRECT", 0)
@@ -108,18 +154,34 @@ class WrittenFile:
             self.is_direct = False
             self.descriptor = os.open(path, flags, 0o666)
 
-    def write(self, view: memoryview) -> None:
+    def write(self, block: Block) -> None:
         """Write at the end."""
+        view, end = memoryview(block.memory), block.lead + block.nbytes
+        begin = block.lead - len(self.rest)
+        view[begin : block.lead] = self.rest
+        self.rest = b""
+        whole = end - end % PAGE if self.is_direct else end
+        self._put(view[begin:whole])
+        if self.is_direct:
+            self.rest = bytes(view[whole:end])
+        else:
+            self._put(view[whole:end])
+
+    def write_rest(self) -> None:
+        """Write what is no whole page, at the end of the file."""
+        if self.rest:
+            self._go_through_the_cache()
+            self._put(memoryview(self.rest))
+            self.rest = b""
+
+    def _put(self, view: memoryview) -> None:
         while len(view):
-            if self.is_direct and len(view) < BLOCK:
-                self._go_through_the_cache()
-            take = len(view) - len(view) % BLOCK if self.is_direct else len(view)
             try:
-                count = os.pwrite(self.descriptor, view[:take], self.nbytes)
+                count = os.pwrite(self.descriptor, view, self.nbytes)
             except OSError as error:
                 if not self.is_direct or error.errno != errno.EINVAL:
                     raise
-                self._go_through_the_cache()  # larger blocks than ours, or not at one after a short write
+                self._go_through_the_cache()  # larger pages than ours, or not at one after a short write
                 continue
             self.nbytes += count
             view = view[count:]
@@ -138,10 +200,3 @@ class WrittenFile:
         if self.descriptor >= 0:
             os.close(self.descriptor)
         self.descriptor = -1
-
-
-def copy_into(buffer: mmap.mmap, at: int, data: np.ndarray) -> int:
-    """Copy as many bytes of a flat uint8 array as fit behind `at`; returns how many."""
-    count = min(len(buffer) - at, len(data))
-    np.copyto(np.frombuffer(buffer, np.uint8, count, at), data[:count])
-    return count

@@ -48,7 +48,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default: %(default)s)")
     parser.add_argument("--max-memory", metavar="SIZE", help="the most memory that the process may take, such as 2GB")
     parser.add_argument(
-        "--threads", type=int, metavar="N", help="that compute (default: one for each processor, at most 8)"
+        "--threads", type=int, metavar="N", help="that compute (default: one for each processor but one, at most 8)"
     )
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     parser.add_argument(

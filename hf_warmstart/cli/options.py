@@ -63,14 +63,14 @@ def named_values(
         elif name in found:
             problems.append(f"{name} is given twice")
         else:
-            found[name] = value.strip() if literal else _value(value.strip())
+            found[name] = value.strip() if literal else parse_value(value.strip())
     if problems:
         raise WarmstartError("; ".join(problems) + ".")
     return found
 
 
-def _value(text: str) -> Any:
-    """A value of `--set`: a number, a JSON value, or the text itself."""
+def parse_value(text: str) -> Any:
+    """A value of `--set` and its like: a number, a JSON value, or the text itself."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:

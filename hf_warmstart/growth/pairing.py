@@ -1,13 +1,13 @@
 """Noise that the copies of a coordinate cancel among themselves.
 
 What reads c copies of a coordinate, written with factors `w`, may change by any `e` with `sum_t w_t e_t = 0`. Such `e`
-have c - 1 degrees of freedom, and so c - 1 normal numbers `z` are drawn for each set of copies, and mapped by an
+have c - 1 degrees of freedom, and so c - 1 random numbers `z` are drawn for each set of copies, and mapped by an
 orthonormal basis of what is orthogonal to `w` (Helmert's, for weights `u_t = w_t / w_0`):
 
     e_t = u_t * sum_{b > t} a_b z_b  -  d_t z_t,    a_b = 1 / sqrt(P_b (1 + P_b / u_b^2)),  d_b = P_b a_b / u_b,
     P_b = sum_{s < b} u_s^2
 
-That is distributed as c normal numbers projected on the same space. For c = 2 it is `+z / sqrt(2), -z / sqrt(2)`.
+That has the covariance of c independent numbers projected on the same space. For c = 2 it is `+z / sqrt(2), -z / sqrt(2)`.
 """
 
 from __future__ import annotations

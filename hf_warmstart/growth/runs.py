@@ -122,9 +122,14 @@ class Along:
         )
 
     @cached_property
+    def copies(self) -> Tensor:
+        """int64 (n,): how many new coordinates copy each old one."""
+        return torch.bincount(self.source[(self.source >= 0) & (self.source < self.n)], minlength=self.n)
+
+    @cached_property
     def carried(self) -> int:
         """How many new coordinates copy an old one."""
-        return int(((self.source >= 0) & (self.source < self.n)).sum())
+        return int(self.copies.sum())
 
     def spread(self, tensor: Tensor, mean: Tensor | None, out: Tensor) -> None:
         """Copy columns of `tensor` (rows, n) to their places in `out` (rows, m), no factor applied.

@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -33,6 +33,9 @@ from .facts import (
     scalar_changes,
     to_json,
 )
+
+if TYPE_CHECKING:
+    from ..selection.report import SelectionReport
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 TASK = "text-generation"
@@ -55,6 +58,7 @@ def render_card(
     dataset: str | None = None,
     license: str | None = None,
     model_name: str | None = None,
+    selection: SelectionReport | None = None,
 ) -> ModelCard:
     """The card of a grown model.
 
@@ -125,6 +129,7 @@ def render_card(
         pullback_error=_error(certificate.max_pullback_error),
         pullback_tolerance=f"{PULLBACK_TOLERANCE:.0e}",
         rebuild=_rebuild(config, rebuilt),
+        selection=selection.to_markdown("## How this start was chosen") if selection is not None else None,
         record=record,
         record_key=RECORD_KEY,
         records_json=to_json([item.to_dict() for item in records]),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from transformers import PreTrainedModel
@@ -17,6 +18,9 @@ from ..growth.certify import Certificate
 from ..growth.grow import TAG
 from ..version import __version__
 from .save import files_below, save_grown, stale_weights
+
+if TYPE_CHECKING:
+    from ..selection.report import SelectionReport
 
 
 def push_to_hub(
@@ -27,6 +31,7 @@ def push_to_hub(
     metrics: Mapping[str, float] | None = None,
     dataset: str | None = None,
     license: str | None = None,
+    selection: SelectionReport | None = None,
     commit_message: str | None = None,
     private: bool | None = None,
     token: bool | str | None = None,
@@ -49,6 +54,7 @@ def push_to_hub(
         dataset (`str`, *optional*): Hub id or name of the data of `metrics`. Without it the metrics stand in the card's
             text only.
         license (`str`, *optional*): the Hub's identifier of the licence. Never guessed.
+        selection (`SelectionReport`, *optional*): by which this start was chosen; its files and its table go along.
         commit_message (`str`, *optional*): defaults to `"Upload grown <class>"`.
         private (`bool`, *optional*): whether a new repository is private; None takes the owner's default.
         token (`bool` or `str`, *optional*): as in `huggingface_hub`; None takes the one that is logged in.
@@ -80,6 +86,7 @@ def push_to_hub(
             dataset=dataset,
             license=license,
             model_name=repo_id.rpartition("/")[2],
+            selection=selection,
             **save_kwargs,
         )
         api = HfApi(token=token, library_name=TAG, library_version=__version__)

@@ -12,6 +12,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -20,6 +21,9 @@ from ..growth.certify import Certificate
 from ..version import __version__
 from .card import render_card
 from .facts import certify_record, checked_metrics, config_of, records_of, to_json
+
+if TYPE_CHECKING:
+    from ..selection.report import SelectionReport
 
 GROWTH_NAME = "growth.json"
 CARD_NAME = "README.md"
@@ -38,6 +42,7 @@ def save_grown(
     dataset: str | None = None,
     license: str | None = None,
     model_name: str | None = None,
+    selection: SelectionReport | None = None,
     **save_kwargs,
 ) -> Path:
     """Save a grown model with `growth.json` (records, certificate, metrics) and a `README.md` card.
@@ -51,6 +56,7 @@ def save_grown(
         dataset (`str`, *optional*): Hub id or name of the data of `metrics`.
         license (`str`, *optional*): the Hub's identifier of the licence. Never guessed.
         model_name (`str`, *optional*): the card's title; by default it names class and parent.
+        selection (`SelectionReport`, *optional*): by which this start was chosen; its files and its table go along.
         **save_kwargs: passed to `save_pretrained`, such as `max_shard_size="5GB"`.
 
     Returns:
@@ -78,13 +84,21 @@ def save_grown(
     if folder.exists() and not folder.is_dir():
         raise WarmstartError(f"{folder} is a file. Pass the folder to save into.")
     texts = description(
-        model, certificate=certificate, metrics=metrics, dataset=dataset, license=license, model_name=model_name
+        model,
+        certificate=certificate,
+        metrics=metrics,
+        dataset=dataset,
+        license=license,
+        model_name=model_name,
+        selection=selection,
     )
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as made:
         model.save_pretrained(made, **save_kwargs)
         for name, text in texts.items():
             Path(made, name).write_text(text, encoding="utf-8")
+        if selection is not None:
+            selection.save(made)
         written = files_below(made)
         for name in written:
             target = folder / name
@@ -104,12 +118,13 @@ def description(
     license: str | None = None,
     model_name: str | None = None,
     files: Mapping[str, Mapping[str, str | int]] | None = None,
+    selection: SelectionReport | None = None,
 ) -> dict[str, str]:
     """What lies beside the weights of a grown model: the texts of `growth.json` and of the card, by file name.
 
     Args:
         model: a grown model, or its config. files: size and sha256 of each file of weights, where they are known.
-        certificate, metrics, dataset, license, model_name: as for `save_grown`.
+        certificate, metrics, dataset, license, model_name, selection: as for `save_grown`.
 
     Raises:
         WarmstartError: there is no record, or a metric is not a finite number.
@@ -119,7 +134,13 @@ def description(
     results = checked_metrics(metrics)
     certificate = certificate or certify_record(config)
     card = render_card(
-        model, certificate=certificate, metrics=results, dataset=dataset, license=license, model_name=model_name
+        model,
+        certificate=certificate,
+        metrics=results,
+        dataset=dataset,
+        license=license,
+        model_name=model_name,
+        selection=selection,
     )
     facts = {
         "library_version": __version__,

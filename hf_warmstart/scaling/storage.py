@@ -38,6 +38,8 @@ def write(laws: FittedLaws, folder: Path) -> None:
     draws = laws.draws()
     columns = {name: list(table.shape) for name, table in draws.items()}
     data = {"kind": KIND, "library_version": __version__, "draws": columns, **laws.to_dict()}
+    # The mixin would hand an entry named as the predictor's own argument to whoever loads it.
+    data["parameters"] = data.pop("laws")
     if laws.runs is not None:
         data["runs"] = {
             "accounting": laws.runs.accounting,
@@ -80,7 +82,7 @@ def read(source: str, **hub_options: Any) -> FittedLaws:
             frame = pd.read_parquet(path(DRAWS))
             for name, (rows, width) in shapes.items():
                 draws[name] = frame[[f"{name}.{k}" for k in range(width)]].to_numpy(dtype=float)[:rows]
-        return FittedLaws.from_dict(data, draws, table)
+        return FittedLaws.from_dict({**data, "laws": data["parameters"]}, draws, table)
     except (KeyError, TypeError, ValueError, FileNotFoundError, EntryNotFoundError) as error:
         if isinstance(error, WarmstartError):
             raise

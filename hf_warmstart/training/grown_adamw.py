@@ -16,29 +16,13 @@ Parameters without a mask take torch's own AdamW step.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.trainer import OPTIMIZER_NAME
 
-from ..checkpoints.parent_state import GROWN_NAME
 from ..errors import WarmstartError
 from ..growth.state import BORN, NEW
-
-
-class OnlyWarmstartTrainerCanResumeAStateWithTwoAges:
-    """What a stock `Trainer` finds where it looks for an optimizer: loading refuses it, and says its name."""
-
-
-def set_aside_for_us(checkpoint: str | os.PathLike) -> None:
-    """Move a checkpoint's optimizer to a file of our own. A stock `Trainer` would load it, drop the masks and go on with
-    one count for all entries; now it stops at the file's one object."""
-    stock = Path(checkpoint, OPTIMIZER_NAME)
-    os.replace(stock, Path(checkpoint, GROWN_NAME))
-    torch.save({"refused": OnlyWarmstartTrainerCanResumeAStateWithTwoAges()}, stock)
 
 
 class GrownAdamW(torch.optim.AdamW):

@@ -28,6 +28,7 @@ from transformers.utils import CONFIG_NAME
 
 from .._compat import load_checkpoint_weights
 from ..checkpoints.parent_state import GROWN_NAME, OWN_STATE, ParentState, read_parent_state
+from ..checkpoints.set_aside import set_aside_for_us
 from ..errors import StateError, WarmstartError
 from ..growth.config import GrowthConfig
 from ..growth.coordinates import (
@@ -44,7 +45,7 @@ from ..hub.save import CARD_NAME
 from .arguments import WarmstartTrainingArguments
 from .carry import load_grown_state
 from .data_position import ContinuedSampler, SkippedOnce, add_places, place_in_data, samples_seen
-from .grown_adamw import GrownAdamW, set_aside_for_us
+from .grown_adamw import GrownAdamW
 from .schedules import check_decays, place_schedule, ramp_schedule, starting_position
 from .whole_checkpoints import WholeCheckpointsTrainer
 
@@ -89,6 +90,7 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
         **kwargs: Any,
     ):
         self.warmstart_from = warmstart_from
+        self.selection: Any = None  # the SelectionReport that this start was chosen by, for the card
         self.parent_state: ParentState | None = None
         self._start: tuple[ParentState, GrowthPlan] | None = None
         self._schedule_start = 0
@@ -401,7 +403,10 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
                 dataset=kwargs.get("dataset"),
                 license=kwargs.get("license"),
                 model_name=kwargs.get("model_name"),
+                selection=self.selection,
             )
+            if self.selection is not None:
+                self.selection.save(self.args.output_dir)
             card.save(Path(self.args.output_dir, CARD_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_warmstart.checkpoints import safetensors_sink
 from hf_warmstart.checkpoints.safetensors_layout import folder_bytes, folder_layout
 from hf_warmstart.checkpoints.safetensors_source import SafetensorsSource
 from hf_warmstart.errors import CheckpointError
@@ -45,6 +46,10 @@ def sink_of(target: Path, tensors: dict[str, torch.Tensor], fingerprint: str = "
     return WholeSink(target, specs_of(tensors), fingerprint=fingerprint, **options)
 
 
+def load_folder(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
 def write_all(target: Path, tensors: dict[str, torch.Tensor], **options) -> list[str]:
     with sink_of(target, tensors, **options) as sink:
         written = write_tensors(sink, tensors)
@@ -53,6 +58,44 @@ def write_all(target: Path, tensors: dict[str, torch.Tensor], **options) -> list
 
 
 # -- the same bytes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_blocks_and_copies_may_take_turns(tmp_path, monkeypatch, direct):
+    """Blocks begin at any place of a page and end at any; what they leave of it goes before the next one's, or a copy's."""
+    monkeypatch.setattr(safetensors_sink, "WORTHWHILE", 1000)
+    if not direct:
+        monkeypatch.delattr(os, "O_DIRECT")
+    order = random.Random(0)
+    tensors = {f"t{k}": torch.randint(256, (order.choice([1, 900, 4096, 5000, 40_000]),)).byte() for k in range(60)}
+    tensors |= {f"h{k}": torch.randn(order.choice([1, 7000, 20_000])).half() for k in range(20)}
+    blocks = 0
+    with sink_of(tmp_path / "ours", tensors) as sink:
+        for shard in sink.shards:
+            with shard.open():
+                for name in shard.layout:
+                    flat = tensors[name].view(torch.uint8)
+                    for start in range(0, len(flat), 17_004):
+                        part = flat[start : start + 17_004]
+                        if (block := shard.block(name, start, len(part))) is None:
+                            shard.write(part)
+                        else:
+                            block.tensor(torch.uint8, (len(part),)).copy_(part)
+                            shard.send(block)
+                            blocks += 1
+        sink.publish()
+    write_all(tmp_path / "copied", tensors)
+    assert blocks > 40
+    assert bytes_of(tmp_path / "ours") == bytes_of(tmp_path / "copied")
+    assert all(torch.equal(tensor, load_folder(tmp_path / "ours")[name]) for name, tensor in tensors.items())
+
+
+def test_a_block_out_of_turn_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(safetensors_sink, "WORTHWHILE", 1000)
+    with sink_of(tmp_path / "ours", big_tensors()) as sink:
+        refused = pytest.raises(CheckpointError, match="is the next")
+        with refused, sink.shards[0].open() as shard:
+            shard.send(shard.block("layers.0.weight", 1204, 1204))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_warmstart import grow, grow_checkpoint, grow_optimizer_state, plan_growth
-from hf_warmstart.checkpoints import training_files, whole_weights
+from hf_warmstart.checkpoints import safetensors_sink, training_files, whole_weights
 from hf_warmstart.checkpoints.grow_checkpoint import prepare_growth
 from hf_warmstart.checkpoints.memory import Pieces
 from hf_warmstart.checkpoints.safetensors_sink import Shard
@@ -40,6 +40,12 @@ def growths(operator: str) -> list[dict]:
     if operator in WIDTH:
         return [{"width": width, "width_operator": operator, "seed": 5} for width in (2, 1.5)]
     return [{"depth": depth, "depth_operator": operator} for depth in (2, 1.5)]
+
+
+@pytest.fixture(autouse=True)
+def written_where_they_are_made(monkeypatch):
+    """Tensors as small as those of tiny models are copied to the disk's buffers; here they go as large ones do."""
+    monkeypatch.setattr(safetensors_sink, "WORTHWHILE", 1)
 
 
 @pytest.fixture

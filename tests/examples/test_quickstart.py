@@ -95,6 +95,7 @@ def test_a_resumed_run_trains_at_its_own_learning_rate(monkeypatch):
     assert optimizer.param_groups[0]["lr"] == pytest.approx(5e-4)
 
 
+@pytest.mark.slow
 def test_a_model_without_optimizer_state_is_grown_in_depth_and_nothing_is_said_to_be_carried(left, text, tmp_path):
     arguments = ["--quick", "--model", str(left), "--depth", "2", "--train-text", str(text), "--eval-text", str(text)]
     run = _run(*arguments, folder=tmp_path)

@@ -46,19 +46,21 @@ def _parent(family: str):
 
 
 def _duplicates(plan, model) -> list[str]:
-    """Parameters in which two copies of one unit are bitwise equal along some axis."""
+    """Parameters in which two copies of one unit are bitwise equal along some axis.
+
+    Where a unit has one number only (norms, biases), those of one pair in a parameter may meet by chance.
+    """
     found = []
     for name, parameter in model.named_parameters():
         for axis, axis_map in enumerate(plan.tensor(name).maps):
-            copied = (axis_map.copies > 1).nonzero().flatten()
-            if not len(copied):
-                continue
             rows = parameter.detach().movedim(axis, 0).reshape(axis_map.m, -1)
-            for unit in copied.tolist():
+            equal = []
+            for unit in (axis_map.copies > 1).nonzero().flatten().tolist():
                 copies = rows[axis_map.source == unit]
                 if len(torch.unique(copies, dim=0)) < len(copies):
-                    found.append(f"{name} axis {axis} unit {unit}")
-                    break
+                    equal.append(f"{name} axis {axis} unit {unit}")
+            if len(equal) > (rows.shape[1] == 1):
+                found += equal
     return found
 
 

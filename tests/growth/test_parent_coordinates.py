@@ -195,15 +195,15 @@ def test_muon_follows_to_the_rounding_of_its_bfloat16_iteration_and_only_with_it
     assert worst < 0.1 * without
 
 
-def test_muon_without_its_rounding_is_exact(monkeypatch):
+@pytest.mark.parametrize("optimizer", ["muon", pytest.param("muon, rms", marks=pytest.mark.slow)])
+def test_muon_without_its_rounding_is_exact(monkeypatch, optimizer):
     """With the same iteration in float64 the child follows: what parts them is the rounding alone."""
     module = sys.modules["torch.optim._muon"]
     source = inspect.getsource(module._zeropower_via_newtonschulz).replace(".bfloat16()", ".double()")
     exec(source, scope := dict(vars(module)))
     monkeypatch.setattr(module, "_zeropower_via_newtonschulz", scope["_zeropower_via_newtonschulz"])
-    for optimizer in ("muon", "muon, rms"):
-        worst, _ = follow("llama", carry=True, steps=100, optimizer=optimizer)
-        assert worst < 1e-9
+    worst, _ = follow("llama", carry=True, steps=30, optimizer=optimizer)
+    assert worst < 1e-9
 
 
 @pytest.mark.parametrize(("family", "changes"), CASES, ids=["llama", "llama-tied", "gpt2"])

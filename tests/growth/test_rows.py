@@ -14,6 +14,7 @@ from hf_warmstart.growth import matrix, random
 from hf_warmstart.growth.fresh import Recipe, Step
 from hf_warmstart.growth.layout import TensorLayout
 from hf_warmstart.growth.maps import SpaceMap
+from hf_warmstart.growth.matrix import Totals
 from hf_warmstart.growth.operators.base import copy_map, even
 from hf_warmstart.growth.pairing import Pairing
 from hf_warmstart.growth.plan import GrowthPlan
@@ -89,6 +90,30 @@ def test_rows_joined_are_the_whole(family, growth, dtype):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_joined_are_the_whole_in_each_dtype(family, growth, dtype):
     assert _check(plan_growth(tiny_config(family), **GROWTHS[growth]), DTYPES[dtype]) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("operator", ["perturbed_copy", "exact_copy"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "phi3"])
+def test_short_ways_have_the_bits_of_the_long_one(family, operator, dtype, monkeypatch):
+    """Copies in pairs, and copies alone, are made by code of their own; what any growth can be made by is the measure."""
+    plan = plan_growth(tiny_config(family), width=2, width_operator=operator)
+    monkeypatch.setattr("hf_warmstart.growth.runs.SHORT", 1)  # so that the runs of tiny models are long
+    made, twins, copies = {}, 0, 0
+    for name in plan.names:
+        growth = plan.tensor(name)
+        made[name] = growth.weight(_parent(plan.shapes[plan.source_name(name)], dtype))
+        matrix_growth = growth._matrix
+        twins, copies = twins + (matrix_growth.twins is not None), copies + matrix_growth.plain
+    assert copies >= 5
+    assert (twins >= len(made) // 3) == (operator == "perturbed_copy"), f"{twins} of {len(made)}"
+    monkeypatch.setattr(matrix.Matrix, "twins", None)
+    monkeypatch.setattr(
+        matrix.Matrix, "_copy", lambda m, parent, *rows: m._carry(parent, *rows[:2], Totals(), rows[2])
+    )
+    for name, whole in made.items():
+        growth = plan.tensor(name)
+        assert torch.equal(growth.weight(_parent(plan.shapes[plan.source_name(name)], dtype)), whole), name
 
 
 def test_pieces_made_at_once_are_no_part_of_the_definition(monkeypatch):
@@ -232,7 +257,7 @@ def test_the_size_of_noise_counts_each_entry_as_often_as_it_is_carried():
     assert totals.noise == pytest.approx(0.3 * float(carried.square().mean().sqrt()), rel=1e-12)
 
 
-@pytest.mark.parametrize("draw", [random.normal, random.coarse_normal, random.uniform])
+@pytest.mark.parametrize("draw", [random.normal, random.noise, random.uniform])
 def test_rows_of_draws_are_those_of_the_whole(draw):
     shape = (300, 7, 129)
     whole = draw(shape, 5, "s", "n")
@@ -240,17 +265,16 @@ def test_rows_of_draws_are_those_of_the_whole(draw):
         assert torch.equal(draw(shape, 5, "s", "n", (low, high)), whole[low:high])
 
 
-@pytest.mark.parametrize("draw", [random.normal, random.coarse_normal, random.uniform])
+@pytest.mark.parametrize("draw", [random.normal, random.noise, random.uniform])
 def test_draws_are_the_same_where_float32_means_float64(draw):
     usual = draw((5, 7), 0, "s", "n")
     with true_float64():
         assert torch.equal(draw((5, 7), 0, "s", "n").double(), usual.double())
 
 
-@pytest.mark.parametrize("draw", [random.normal, random.coarse_normal])
-def test_normal_numbers_are_normal(draw):
+def test_normal_numbers_are_normal():
     """Four standard errors of the first four moments, of the correlation of neighbours, and of the share beyond 3."""
-    values = draw((1 << 20,), 0, "s", "n").double()
+    values = random.normal((1 << 20,), 0, "s", "n").double()
     root = len(values) ** 0.5
     assert abs(float(values.mean())) < 4 / root
     assert abs(float(values.square().mean()) - 1) < 4 * 2**0.5 / root
@@ -259,6 +283,36 @@ def test_normal_numbers_are_normal(draw):
     assert abs(float((values[1:] * values[:-1]).mean())) < 4 / root
     share = 0.0026997960632601866
     assert abs(float((values.abs() > 3).double().mean()) - share) < 4 * share**0.5 / root
+
+
+def test_noise_is_uniform_of_mean_square_one():
+    """As above; the fourth moment of a uniform number of variance one is 9/5, its eighth 9."""
+    values = random.noise((1 << 20,), 0, "s", "n").double()
+    root = len(values) ** 0.5
+    assert abs(float(values.mean())) < 4 / root
+    assert abs(float(values.square().mean()) - 1) < 4 * 0.8**0.5 / root
+    assert abs(float(values.pow(4).mean()) - 1.8) < 4 * (9 - 1.8**2) ** 0.5 / root
+    assert abs(float((values[1:] * values[:-1]).mean())) < 4 / root
+    assert float(values.abs().max()) < 3**0.5 + 1e-4 and values.unique().numel() > 65000
+    every = torch.arange(-32768, 32768, dtype=torch.float64) * random.NOISE_UNIT
+    assert float(every.square().mean()) == pytest.approx(1, abs=1e-14)
+    assert torch.allclose(random.noise((999,), 0, "s", "n", scale=0.1).double(), values[:999] * 0.1, rtol=1e-6)
+
+
+def test_the_size_of_noise_in_large_tensors_is_taken_over_a_sample():
+    """Evenly spread: rows that grow in size from the first to the last are seen in proportion."""
+    maps = _copies(6000, 9000), _copies(1000, 2000)
+    tensor = _parent((6000, 1000), torch.float32) * torch.linspace(0.5, 1.5, 6000)[:, None]
+    seen = []
+
+    def read(start: int, stop: int) -> Tensor:
+        seen.append(stop - start)
+        return tensor[start:stop]
+
+    totals = _growth(maps, ("write", "read"), noise=0.3).totals(read)
+    carried = _growth(maps, ("write", "read"), noise=0.0).weight(tensor)
+    assert matrix.SAMPLE / 1000 <= sum(seen) < 1.1 * matrix.SAMPLE / 1000 + matrix.SAMPLED_RUNS
+    assert totals.noise == pytest.approx(0.3 * float(carried.double().square().mean().sqrt()), rel=0.01)
 
 
 def test_recipes_make_rows_of_padding_and_of_scattered_parts():

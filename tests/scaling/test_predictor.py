@@ -105,7 +105,7 @@ def test_the_runs_recipe_is_kept_with_its_source(tmp_path):
     assert found.recipe.sources["weight_decay"] == "the runs" and found.recipe.sources["epsilon"] == "torch's default"
 
 
-@pytest.fixture(params=["compute", "params_tokens", "steplaw", "kaplan"])
+@pytest.fixture(params=["compute", "params_tokens", "kaplan"])
 def any_predictor(request):
     if request.param in preset_names():
         return HparamPredictor.from_pretrained(request.param)

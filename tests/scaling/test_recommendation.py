@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import HfArgumentParser, Trainer, TrainingArguments
@@ -132,8 +131,10 @@ def test_plots_show_law_data_interval_and_this_run(found, noisy, tmp_path):
     assert len(noisy.plot().axes) == 3
 
 
-@pytest.mark.parametrize("name", preset_names())
-def test_presets_can_be_plotted(name, tmp_path):
-    recommended(name).plot(tmp_path / "x.png")
-    HparamPredictor.from_pretrained(name).plot(tmp_path / "y.png")
-    assert torch.tensor([(tmp_path / n).stat().st_size for n in ("x.png", "y.png")]).min() > 1000
+@pytest.mark.parametrize("name", ["steplaw", "marin", "kaplan"])  # over N and D; over the batch; no power law
+def test_presets_can_be_plotted(name):
+    with_run, alone = recommended(name).plot(), HparamPredictor.from_pretrained(name).plot()
+    for figure in (with_run, alone):
+        figure.draw_without_rendering()
+    marks = [line for axis in with_run.axes for line in axis.lines if line.get_marker() == "D"]
+    assert len(marks) == len(with_run.axes) and alone.axes
