@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .scaling.laws import LossLaw
     from .scaling.predictor import HparamPredictor
     from .scaling.recommendation import HparamRecommendation
+    from .scaling.sweeps import run_sweep
     from .selection.candidates import Candidate
     from .selection.report import SelectionReport
     from .selection.select import select_warmstart
@@ -48,6 +49,7 @@ _HOMES = {
     "grow_optimizer_state": ".growth.state",
     "plan_growth": ".growth.grow",
     "push_to_hub": ".hub",
+    "run_sweep": ".scaling.sweeps",
     "select_warmstart": ".selection.select",
     "upcycle": ".growth.upcycle",
 }
@@ -74,6 +76,7 @@ __all__ = [
     "grow_optimizer_state",
     "plan_growth",
     "push_to_hub",
+    "run_sweep",
     "select_warmstart",
     "upcycle",
 ]

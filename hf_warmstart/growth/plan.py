@@ -29,7 +29,7 @@ from .layouts.moves import measured_scalar
 from .layouts.probe import probe_config, set_dtype
 from .maps import LayerMap, SpaceMap
 from .operators import DEPTH_OPERATORS, WIDTH_OPERATORS
-from .sizes import Sizes, TargetSizes, resolve_sizes
+from .sizes import Count, Sizes, TargetSizes, resolve_sizes
 from .space_maps import layer_axis, space_maps
 from .transform import TensorGrowth
 from .twin import parent_shapes
@@ -351,7 +351,7 @@ def make_plan(
     shapes = parent_shapes(model_class, config)
     layout = layout or layout_of(model_class, config)
     before, shared = layout.told_sizes(config, shapes)
-    count = _counter(layout, config, shapes, before)
+    count = counter(layout, config, shapes, before)
     target = resolve_sizes(layout, config, before, asked, count)
     operator = WIDTH_OPERATORS[asked.width_operator]
     _check_numbers(layout, target)
@@ -409,8 +409,11 @@ def _check_told(config: PreTrainedConfig, before: Sizes, target: TargetSizes, sh
         raise SizeError(f"The sizes of {changed} in {type(config).__name__} could not be told one by one.")
 
 
-def _counter(layout: Layout, config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]], before: Sizes):
-    """Counts entries of all tensors under other sizes and depths; new layers are like those there are, on average."""
+def counter(layout: Layout, config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]], before: Sizes) -> Count:
+    """Counts entries of all tensors under other sizes and depths; other layers are like those there are, on average.
+
+    With the shapes of some tensors it counts those.
+    """
     placed = layout.placed(config, shapes)
     axes = [(layout.fitted(t, shapes[name], before).axes, layout.template(name)[1]) for name, t in placed.items()]
 

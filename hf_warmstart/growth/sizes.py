@@ -59,7 +59,7 @@ def resolve_sizes(
     if asked.growth_factor is not None:
         target = _solve(layout, config, before, layers, grown_layers, asked.growth_factor, count)
     else:
-        target = _target(layout, config, before, asked.width, explicit, grown_layers)
+        target = target_sizes(layout, config, before, asked.width, explicit, grown_layers)
     _check(layout, config, before, target, layers)
     return target
 
@@ -180,7 +180,7 @@ class _System:
         return np.linalg.lstsq(self.rows, self.values, rcond=None)[0]
 
 
-def _target(
+def target_sizes(
     layout: Layout, config: PreTrainedConfig, before: Sizes, width: float | None, explicit: Sizes, layers: Sizes
 ) -> TargetSizes:
     system = _System(layout)
@@ -335,7 +335,7 @@ def _solve(
     """
     goal = factor * count(before, layers)
     heads = next((n for n, i in layout.spaces.items() if i.widens and i.kind == "heads"), "residual")
-    inner, path = _free_width(layout, before)
+    inner, path = free_width(layout, before)
     candidates: list[tuple[bool, float, TargetSizes]] = []
     for heads_after in range(before[heads], math.ceil(before[heads] * factor) + 1):
         ratio = Fraction(heads_after, before[heads])
@@ -343,7 +343,7 @@ def _solve(
         if path is not None and inner is not None:
             explicit = {path: math.floor(ratio * before[inner])}
         try:
-            target = _target(layout, config, before, float(ratio), explicit, grown)
+            target = target_sizes(layout, config, before, float(ratio), explicit, grown)
             if any(target.spaces[n] < before[n] for n in before):
                 continue
             distortion = 0.0
@@ -352,7 +352,7 @@ def _solve(
                 slope = count(target.spaces | {inner: 1}, grown) - base
                 even = float(ratio * before[inner])
                 fitted = round(min(max((goal - base) / slope, even / 2, before[inner]), max(even * 2, before[inner])))
-                target = _target(layout, config, before, float(ratio), {path: fitted}, grown)
+                target = target_sizes(layout, config, before, float(ratio), {path: fitted}, grown)
                 distortion = abs(math.log(fitted / even))
         except SizeError:
             continue
@@ -364,7 +364,7 @@ def _solve(
     return min(candidates, key=lambda candidate: candidate[:2])[2]
 
 
-def _free_width(layout: Layout, before: Sizes) -> tuple[str | None, str | None]:
+def free_width(layout: Layout, before: Sizes) -> tuple[str | None, str | None]:
     """The largest inner space that one attribute sizes alone, one to one, and this attribute."""
     options = []
     for move in layout.moves:

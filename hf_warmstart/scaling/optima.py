@@ -48,6 +48,7 @@ SAME_PARAMS, SAME_TOKENS, SAME_SETTING = (
 FINE = 100  # points of a spline: as Porian et al.
 FEWEST_RUNS = 3
 AXES = ("learning_rate", "batch_tokens")
+KNOWN_TO_BE_BAD = r"diverged|incomplete: its state is (?:diverged|stopped)"
 
 
 @dataclass(frozen=True)
@@ -241,10 +242,10 @@ class _Cell:
         self.diverged = self._diverged(set_aside)
 
     def _diverged(self, set_aside: pd.DataFrame | None) -> Array:
-        """Settings of this budget's runs that diverged, (runs, 2)."""
+        """Settings of this budget's runs that diverged, or that a sweep stopped as hopeless, (runs, 2)."""
         if set_aside is None or not len(set_aside):
             return np.zeros((0, 2))
-        rows = set_aside[set_aside["reason"].str.startswith("diverged") & (set_aside["params"] > 0)]
+        rows = set_aside[set_aside["reason"].str.match(KNOWN_TO_BE_BAD) & (set_aside["params"] > 0)]
         same = (np.log(rows["params"] / self.params).abs() < SAME_PARAMS) & (
             np.log(rows["tokens"] / self.tokens).abs() < SAME_TOKENS
         )

@@ -79,7 +79,8 @@ class HparamPredictor(
         """Fit laws to runs at several budgets, each with several learning rates and batches.
 
         Args:
-            runs: a path, `DataFrame`, `Dataset` or list of dicts with columns `params`, `tokens`, `learning_rate`,
+            runs: a `Sweep` or its folder, which bring recipe and fingerprint with them; or a path, `DataFrame`, `Dataset` or
+                list of dicts with columns `params`, `tokens`, `learning_rate`,
                 `batch_tokens`, `loss`; see `read_runs`. Every run trained from scratch and decayed at its own end.
             form (`str`, defaults to `"auto"`): `"compute"` (arXiv 2606.05610), `"params_tokens"`, or whichever the budgets
                 support.
@@ -103,6 +104,11 @@ class HparamPredictor(
         """
         if not draws >= 2:
             raise WarmstartError(f"draws={draws!r} must be 2 or more: intervals come from them.")
+        from .sweeps.described import described
+
+        if (sweep := described(runs)) is not None:
+            runs, recipe = sweep.runs, {**sweep.recipe, **(recipe or {})}
+            fingerprint = fingerprint or sweep.fingerprint
         table = read_runs(runs, columns=columns, accounting=accounting, sequence_length=sequence_length)
         optima, noise = find_optima(table.frame, set_aside=table.set_aside, method=method, draws=draws, seed=seed)
         chosen, forms, doubts = fit_forms(optima, form, seed)

@@ -82,7 +82,7 @@ def test_help_imports_neither_torch_nor_transformers():
     code = """
 import sys
 from hf_warmstart.cli import main
-for command in ([], ["plan"], ["certify"], ["grow"], ["verify"], ["advise"], ["fit"], ["recommend"], ["select"]):
+for command in ([], ["plan"], ["certify"], ["grow"], ["verify"], ["advise"], ["fit"], ["recommend"], ["select"], ["sweep"]):
     try:
         main([*command, "--help"])
     except SystemExit as end:
@@ -91,7 +91,7 @@ sys.stderr.write(str(sorted({"torch", "transformers"} & set(sys.modules))))
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--growth-factor" in run.stdout and "--max-memory" in run.stdout and "--blocks" in run.stdout
-    assert run.stderr == "0 " * 9 + "[]"
+    assert run.stderr == "0 " * 10 + "[]"
 
 
 def test_the_console_script_is_declared():
