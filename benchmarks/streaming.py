@@ -90,13 +90,15 @@ def measured(command: list[str], log: Path) -> Run:
 
 
 def anonymous(process: int) -> int:
-    """Anonymous memory of a process in bytes; 0 when it has ended."""
+    """Anonymous memory of a process and of those that it started, in bytes; 0 when it has ended."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
+        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
     except (FileNotFoundError, ProcessLookupError):
         return 0
     lines = [line for line in status.splitlines() if line.startswith("RssAnon")]
-    return int(lines[0].split()[1]) * 1024 if lines else 0
+    own = int(lines[0].split()[1]) * 1024 if lines else 0
+    return own + sum(anonymous(int(child)) for child in children)
 
 
 def make_parent(folder: Path, gigabytes: float) -> int:
