@@ -26,6 +26,7 @@ class WholeCheckpointsTrainer(Trainer):
     """
 
     _saving = False
+    _ending = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train; with `resume_from_checkpoint=True` from the last checkpoint in `output_dir` that is complete."""
@@ -37,6 +38,8 @@ class WholeCheckpointsTrainer(Trainer):
 
     def _get_output_dir(self, trial) -> str:
         run_dir: str = super()._get_output_dir(trial)
+        if self._ending:  # Trainer asks for it to delete there
+            self._keep_the_best_alone(run_dir)
         return os.path.join(run_dir, STAGING) if self._saving else run_dir
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -79,10 +82,16 @@ class WholeCheckpointsTrainer(Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _finalize_training(self, trial, num_train_samples, start_time) -> TrainOutput:
-        # At its end Trainer deletes what save_total_limit=1 does not keep, file by file.
+        self._ending = True
+        try:
+            return super()._finalize_training(trial, num_train_samples, start_time)
+        finally:
+            self._ending = False
+
+    def _keep_the_best_alone(self, run_dir: str) -> None:
+        """What `Trainer` does at its end with `save_total_limit=1`, file by file; behind this it finds nothing to delete."""
         best = self.state.best_model_checkpoint
         if self.args.should_save and best is not None and self.args.save_total_limit == 1:
-            for checkpoint in sort_checkpoints(self._get_output_dir(trial)):
+            for checkpoint in sort_checkpoints(run_dir):
                 if not os.path.samefile(checkpoint, best):
                     discard(checkpoint)
-        return super()._finalize_training(trial, num_train_samples, start_time)
