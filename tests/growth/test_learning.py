@@ -14,13 +14,13 @@ from ..models import FAMILIES, tiny_model
 STEPS = 32
 
 
-def _train(model) -> dict[str, Tensor]:
+def _train(model, steps: int = STEPS) -> dict[str, Tensor]:
     """Train without dropout, each position with a target; for each parameter, which entries moved at any step."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     generator = torch.Generator().manual_seed(0)
     moved = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in model.named_parameters()}
-    for _ in range(STEPS):
+    for _ in range(steps):
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         ids = torch.stack([torch.randperm(97, generator=generator)[:64] for _ in range(8)])
         optimizer.zero_grad()
@@ -45,22 +45,16 @@ def _parent(family: str):
     return tiny_model(family, **({"activation_function": "gelu"} if family == "opt" else {}))
 
 
-def _duplicates(plan, model) -> list[str]:
-    """Parameters in which two copies of one unit are bitwise equal along some axis.
-
-    Where a unit has one number only (norms, biases), those of one pair in a parameter may meet by chance.
-    """
-    found = []
+def _duplicates(plan, model) -> set[str]:
+    """Units of which two copies are bitwise equal along some axis of a parameter."""
+    found = set()
     for name, parameter in model.named_parameters():
         for axis, axis_map in enumerate(plan.tensor(name).maps):
             rows = parameter.detach().movedim(axis, 0).reshape(axis_map.m, -1)
-            equal = []
             for unit in (axis_map.copies > 1).nonzero().flatten().tolist():
                 copies = rows[axis_map.source == unit]
                 if len(torch.unique(copies, dim=0)) < len(copies):
-                    equal.append(f"{name} axis {axis} unit {unit}")
-            if len(equal) > (rows.shape[1] == 1):
-                found += equal
+                    found.add(f"{name} axis {axis} unit {unit}")
     return found
 
 
@@ -73,10 +67,15 @@ def test_after_32_steps_every_entry_moved_and_copies_parted(family, operator):
     moved = _train(child)
     assert _still(family, moved) == {}
     duplicates = _duplicates(plan, child)
+    if (
+        duplicates
+    ):  # single numbers (of norms, biases) may meet by chance, as those of one unit do here; clones stay equal
+        _train(child, 3)  # Adam's first step has one size for all
+        duplicates &= _duplicates(plan, child)
     if operator == "exact_copy":
         assert duplicates, "even copies have equal gradients; if they part, this test or the copy is wrong"
     else:
-        assert duplicates == []
+        assert duplicates == set()
 
 
 @pytest.mark.parametrize("operator", ["exact_copy", "perturbed_copy", "uneven_copy", "reference_slice"])
