@@ -182,9 +182,11 @@ class Matrix:
     def _mean_row(self, read: ReadRows) -> Tensor:
         """float64 (1, n): the mean of all the parent's rows."""
         step = max(1, TOTALS_CHUNK // max(1, self.columns.n))
-        starts = range(0, self.rows.n, step)
-        sums = [folded(read(low, min(low + step, self.rows.n)).double().clone(), 0) for low in starts]
-        return sum(sums[1:], start=sums[0]) / self.rows.n
+        total = torch.zeros(1, self.columns.n, dtype=torch.float64)
+        for low in range(0, self.rows.n, step):
+            part = folded(read(low, min(low + step, self.rows.n)).double().clone(), 0)
+            total = total.to(part.device) + part
+        return total / self.rows.n
 
     def _weighted_square(self, block: Tensor, low: int) -> float:
         """The sum of the squares of all carried entries that come from some of the parent's rows."""
