@@ -14,11 +14,11 @@ from types import TracebackType
 import numpy as np
 import torch
 
-from ..errors import CheckpointError
-from .journal import FinishedFile
-from .safetensors_format import FileTensor
-from .safetensors_layout import INDEX_NAME, FileLayout, TensorSpec, folder_layout
-from .staging import Staging
+from ...errors import CheckpointError
+from ..target.journal import FinishedFile
+from ..target.staging import Staging
+from .format import FileTensor
+from .layout import INDEX_NAME, FileLayout, TensorSpec, folder_layout
 from .write_behind import Block, WriteBehind, WrittenFile
 
 PART = ".part"

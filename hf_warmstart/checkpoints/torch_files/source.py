@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..errors import StateError
-from ..growth.twin import FAULTS
+from ...errors import StateError
+from ...growth.twin import FAULTS
 
 # Of a zip's local header: its bytes, and where it has the lengths of what follows (APPNOTE.TXT 4.3.7).
 LOCAL, LOCAL_LENGTHS = 30, 26

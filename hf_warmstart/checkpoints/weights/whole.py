@@ -25,23 +25,23 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from ..errors import CheckpointError, ExactnessError, UntraceableError
-from ..growth.grow import grow
-from ..growth.plan import RECORD_KEY, GrowthPlan, GrowthRecord
-from ..growth.source import UNQUANTISED, digest, parent_name, quantisation
-from ..growth.twin import FAULTS, build
-from ..hub.facts import certify_record
-from ..hub.save import description, save_grown
-from ..version import __version__
-from .low_disk import HubShards
-from .memory import AHEAD, Pieces
+from ...errors import CheckpointError, ExactnessError, UntraceableError
+from ...growth.grow import grow
+from ...growth.plan import RECORD_KEY, GrowthPlan, GrowthRecord
+from ...growth.source import UNQUANTISED, digest, parent_name, quantisation
+from ...growth.twin import FAULTS, build
+from ...hub.facts import certify_record
+from ...hub.save import description, save_grown
+from ...version import __version__
+from ..low_disk import HubShards
+from ..memory import AHEAD, Pieces
+from ..safetensors.layout import INDEX_NAME, SINGLE_NAME, FolderLayout, folder_layout
+from ..safetensors.sink import SafetensorsSink
+from ..safetensors.source import SafetensorsSource
+from ..target.staging import Staging
+from ..torch_files.sink import write_errors
 from .pieces import Assembled
-from .safetensors_layout import INDEX_NAME, SINGLE_NAME, FolderLayout, folder_layout
-from .safetensors_sink import SafetensorsSink
-from .safetensors_source import SafetensorsSource
-from .staging import Staging
 from .stream import GrownWeights, ParentWeights, stream_weights
-from .torch_sink import write_errors
 from .views import FileView, file_view, loaded_view
 
 FULL_MODEL = "pytorch_model_fsdp.bin"

@@ -14,8 +14,8 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..errors import CheckpointError
-from .safetensors_format import FileTensor, build_header, nbytes_of
+from ...errors import CheckpointError
+from .format import FileTensor, build_header, nbytes_of
 
 TensorSpec = tuple[torch.dtype, tuple[int, ...]]
 SINGLE_NAME = SAFE_WEIGHTS_NAME

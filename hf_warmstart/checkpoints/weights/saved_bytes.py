@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import UntraceableError
-from ..growth.configs import config_dtype
-from ..growth.twin import build
-from .safetensors_layout import TensorSpec, folder_bytes
+from ...errors import UntraceableError
+from ...growth.configs import config_dtype
+from ...growth.twin import build
+from ..safetensors.layout import TensorSpec, folder_bytes
 from .views import file_view, loaded_view
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ..growth.plan import GrowthPlan
+    from ...growth.plan import GrowthPlan
     from .pieces import Assembled
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError
+from ...errors import CheckpointError
 
 LENGTH_BYTES = 8
 ALIGNMENT = 8  # of where the data begin

@@ -14,15 +14,15 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from ..errors import StateError
-from ..growth.plan import RECORD_KEY, GrowthPlan, GrowthRecord
-from ..growth.source import parent_name
-from ..growth.twin import build
-from .later import Later, save_sharded
-from .memory import Pieces
-from .placement import Rows
-from .ranks import is_main, mesh_of_ranks
-from .sharded import ShardedFolder, Weights
+from ...errors import StateError
+from ...growth.plan import RECORD_KEY, GrowthPlan, GrowthRecord
+from ...growth.source import parent_name
+from ...growth.twin import build
+from ..memory import Pieces
+from ..ranks import is_main, mesh_of_ranks
+from ..torch_files.later import Later, save_sharded
+from ..torch_files.placement import Rows
+from ..torch_files.sharded import ShardedFolder, Weights
 
 SHARDED_MODEL = "pytorch_model_fsdp_0"
 

@@ -15,7 +15,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import CheckpointError
+from ...errors import CheckpointError
 
 
 @dataclass(frozen=True)

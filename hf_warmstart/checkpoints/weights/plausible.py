@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import CheckpointError
-from ..growth.twin import parent_shapes
+from ...errors import CheckpointError
+from ...growth.twin import parent_shapes
 
 WEIGHTS = ("*.safetensors", "*/*.safetensors", "pytorch_model*.bin", "pytorch_model_fsdp_0/*.distcp")
 ENTRIES_PER_BYTE = 2  # of eight-bit numbers, tied tensors counted twice

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..errors import UntraceableError
+from ...errors import UntraceableError
 from .pieces import Assembled, Source, cast, cut, join, permute, reshape
 
 aten = torch.ops.aten

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..errors import StateError, WarmstartError
-from .torch_file import LOCAL, LOCAL_LENGTHS
+from ...errors import StateError, WarmstartError
+from .source import LOCAL, LOCAL_LENGTHS
 
 PiecePath = tuple[Any, ...]
 # Of a zip's other headers: their bytes, and where they have the checksum and the lengths (APPNOTE.TXT 4.3.9, 4.3.12).

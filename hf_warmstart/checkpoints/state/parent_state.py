@@ -30,12 +30,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ..errors import StateError
-from ..growth.layout import collect
-from ..growth.source import read_config
-from ..growth.state import BORN, NEW, check_entry
-from .sharded import ShardedFolder, is_sharded
-from .torch_file import read_state_file, readable
+from ...errors import StateError
+from ...growth.layout import collect
+from ...growth.source import read_config
+from ...growth.state import BORN, NEW, check_entry
+from ..torch_files.sharded import ShardedFolder, is_sharded
+from ..torch_files.source import read_state_file, readable
 from .trainer_files import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 SHARDED_OPTIMIZER = "optimizer_0"

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from ..errors import CheckpointError
+from ...errors import CheckpointError
 from .journal import FinishedFile, Journal, sync_folder
 
 

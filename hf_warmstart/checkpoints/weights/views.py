@@ -21,9 +21,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import logging as transformers_logging
 
-from ..errors import CheckpointError, UntraceableError
-from ..growth.configs import config_dtype
-from ..growth.twin import FAULTS, default_dtype
+from ...errors import CheckpointError, UntraceableError
+from ...growth.configs import config_dtype
+from ...growth.twin import FAULTS, default_dtype
 from .pieces import Assembled
 from .traced import Trace, TracedTensor, Unknown
 

@@ -23,14 +23,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
-from ..growth.matrix import Totals
-from ..growth.plan import GrowthPlan
-from ..growth.transform import TensorGrowth, matrix_shape
+from ...errors import CheckpointError
+from ...growth.matrix import Totals
+from ...growth.plan import GrowthPlan
+from ...growth.transform import TensorGrowth, matrix_shape
+from ..safetensors.sink import SafetensorsSink, Shard
+from ..safetensors.source import SafetensorsSource
+from ..safetensors.write_behind import Block
 from .pieces import Assembled, Box, Reader
-from .safetensors_sink import SafetensorsSink, Shard
-from .safetensors_source import SafetensorsSource
-from .write_behind import Block
 
 Made = TypeVar("Made")
 READ_AHEAD = 3  # tensors that the system reads while others are made

@@ -12,10 +12,12 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import WarmstartError
-from ..growth.plan import GrowthPlan
-from ..growth.twin import build
-from .memory import Pieces
+from ...errors import WarmstartError
+from ...growth.plan import GrowthPlan
+from ...growth.twin import build
+from ..memory import Pieces
+from ..ranks import mesh_of_ranks, on_main
+from ..torch_files.sharded import is_sharded
 from .parent_state import (
     SCHEDULER_NAMES,
     SHARDED_OPTIMIZER,
@@ -25,9 +27,7 @@ from .parent_state import (
     read_parent_state,
     read_settings,
 )
-from .ranks import mesh_of_ranks, on_main
 from .set_aside import set_aside_for_us
-from .sharded import is_sharded
 from .state_stream import optimizer_bytes, write_optimizer, write_sharded_optimizer
 from .trainer_files import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, TRAINER_STATE_NAME
 

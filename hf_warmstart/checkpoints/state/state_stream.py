@@ -16,12 +16,12 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..errors import StateError
-from ..growth.plan import GrowthPlan
-from ..growth.state import check_entry, check_state, check_state_policy, grow_groups
-from ..growth.state_rows import EntryGrowth
-from .later import Later, save_sharded
-from .torch_sink import TorchFileSink, torch_file_bytes
+from ...errors import StateError
+from ...growth.plan import GrowthPlan
+from ...growth.state import check_entry, check_state, check_state_policy, grow_groups
+from ...growth.state_rows import EntryGrowth
+from ..torch_files.later import Later, save_sharded
+from ..torch_files.sink import TorchFileSink, torch_file_bytes
 
 BLOCK_BYTES = 16 * 2**20
 Progress = Callable[[int], None]

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..errors import CheckpointError, StateError, WarmstartError
+from ...errors import CheckpointError, StateError, WarmstartError
 from .placement import Rows, from_rows, rows_of
 
 

@@ -27,8 +27,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from ..errors import StateError
-from .torch_file import OpenFile, StoredTensor, stored_tensor
+from ...errors import StateError
+from .source import OpenFile, StoredTensor, stored_tensor
 
 INDEX = ".metadata"
 OPEN_FILES = 64

@@ -18,8 +18,8 @@ from types import TracebackType
 
 import torch
 
-from ..errors import CheckpointError
-from .safetensors_format import (
+from ...errors import CheckpointError
+from .format import (
     LENGTH_BYTES,
     MAX_HEADER_BYTES,
     FileTensor,
@@ -28,7 +28,7 @@ from .safetensors_format import (
     short,
     some,
 )
-from .safetensors_layout import INDEX_NAME, SINGLE_NAME
+from .layout import INDEX_NAME, SINGLE_NAME
 
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "consolidated*.bin")
 NO_WEIGHTS = ("optimizer", "grown_optimizer", "scheduler", "scaler", "rng_state")  # what training leaves beside them
