@@ -16,7 +16,7 @@ from .options import add_growth_options, console, growth_options, parse_value, w
 
 if TYPE_CHECKING:
     from ..selection.report import SelectionReport
-    from ..selection.select import Selection
+    from ..selection.rounds import Selection
 
 EXAMPLES = """examples:
   hf-warmstart select --parent runs/base/checkpoint-2000 --regime stochastic --budget 2% \\
@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
     from transformers import default_data_collator
 
     from ..selection.candidates import candidate_pool
-    from ..selection.select import prepare_selection
+    from ..selection.prepare import prepare_selection
 
     growth = growth_options(options)
     width, depth = growth.pop("width", None), growth.pop("depth", None)

@@ -24,7 +24,7 @@ from .regimes import Regime
 
 if TYPE_CHECKING:
     from ..training import WarmstartTrainer
-    from .select import Progress, Selection
+    from .rounds import Progress, Selection
 
 JSON_NAME, MARKDOWN_NAME, PLOT_NAME = "selection.json", "selection.md", "selection.png"
 

@@ -13,8 +13,8 @@ from transformers import default_data_collator
 from hf_warmstart import Candidate, SelectionReport, WarmstartError
 from hf_warmstart.growth.plan import GrowthRecord
 from hf_warmstart.hub.save import save_grown
-from hf_warmstart.selection import select as selecting
-from hf_warmstart.selection.select import prepare_selection
+from hf_warmstart.selection import prepare
+from hf_warmstart.selection.prepare import prepare_selection
 
 from ..training.conftest import blocks
 from .conftest import WIDE, arguments, held_out, small_selection, three
@@ -168,7 +168,7 @@ def test_without_optimizer_state_weights_alone_are_offered_and_what_is_lost_is_s
 def test_candidates_that_do_not_fit_in_memory_are_named_before_anything_starts(parent, tmp_path, monkeypatch):
     with pytest.raises(WarmstartError, match=r"(?s)3 candidates do not fit in memory \(0.001 GB\).*copy needs"):
         prepared(parent, tmp_path / "out", three(), max_memory="1MB")
-    monkeypatch.setattr(selecting, "free_bytes", lambda device: 10)
+    monkeypatch.setattr(prepare, "free_bytes", lambda device: 10)
     with pytest.raises(WarmstartError, match="do not fit in memory"):
         prepared(parent, tmp_path / "out", three())
     assert not (tmp_path / "out").exists()
