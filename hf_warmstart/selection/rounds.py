@@ -96,7 +96,7 @@ class Selection:
         first = lambda name: study.arm_flops(name, study.probe_steps, steps[name], False)  # noqa: E731
         again = lambda name: study.arm_flops(name, 0, steps[name], False)  # noqa: E731
         left = None if self.budget is None else self.budget - progress.spent
-        alive, _ = affordable(names, first, again, left)
+        alive, _ = affordable(names, first, again, left, self.least_repeats)
         if not alive:
             progress.stopped = "the budget pays for no continuation" if len(names) > 1 else "one candidate is left"
             alive = names[:1]

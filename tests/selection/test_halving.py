@@ -43,6 +43,9 @@ def test_a_budget_says_how_many_are_continued():
     assert affordable(names, first, again, 767.0) == (names[:3], 3)
     assert affordable(names, first, again, 128.0) == (names[:2], 1)
     assert affordable(names, first, again, 127.0) == ([], 0)
+    # Of a selection that may repeat once there is but one round to pay for.
+    assert affordable(names, first, again, 768.0, 1) == (names, 1)
+    assert affordable(names, first, again, 384.0, 1) == (names[:6], 1)
 
 
 def test_the_area_under_a_curve_is_its_mean():
