@@ -27,6 +27,7 @@ from .study import ARMS, Study, as_warmstart_arguments, planned_steps, with_leng
 
 CONTINUATION_STEPS = 128  # arXiv 2604.04281
 MATCHES = ("steps", "flops", "time")
+SCHEDULES = ("planned", "compressed")
 
 
 def prepare_selection(
@@ -41,6 +42,7 @@ def prepare_selection(
     continuation_steps: int = CONTINUATION_STEPS,
     budget: float | str | None = None,
     match: str = "steps",
+    schedule: str = "planned",
     objective: str = "final_loss",
     eval_every: int | None = None,
     repeats: int = MOST_REPEATS,
@@ -58,9 +60,20 @@ def prepare_selection(
             f"parent={str(parent)!r} is no folder. Pass the parent's checkpoint: runs/base/checkpoint-500."
         )
     lags = _lags(probe_steps, continuation_steps)
-    for name, value, choices in (("match", match, MATCHES), ("objective", objective, OBJECTIVES)):
+    choices_of = (("match", match, MATCHES), ("schedule", schedule, SCHEDULES), ("objective", objective, OBJECTIVES))
+    for name, value, choices in choices_of:
         if value not in choices:
             raise WarmstartError(f"{name}={value!r} is none of {list(choices)}.")
+    if schedule == "compressed" and match != "steps":
+        raise WarmstartError(
+            f"schedule='compressed' ends with the continuation, which match={match!r} makes of several lengths. Pass "
+            "match='steps', or schedule='planned'."
+        )
+    if objective == "extrapolated" and (match != "steps" or schedule != "planned"):
+        raise WarmstartError(
+            f"objective='extrapolated' compares curves step by step under the planned schedule; given match={match!r} and "
+            f"schedule={schedule!r}. Pass match='steps' and schedule='planned'."
+        )
     if repeats < 1:
         raise WarmstartError(f"repeats={repeats!r} must be at least 1.")
     if budget is not None:
@@ -101,7 +114,8 @@ def prepare_selection(
         eval_every or max(1, continuation_steps // 8),
         Path(own.output_dir, ARMS),
         trainer_options,
-        {"match": match, "objective": objective, "repeats": repeats, "budget": budget},
+        {"match": match, "schedule": schedule, "objective": objective, "repeats": repeats, "budget": budget},
+        schedule,
     )
     study.first_example  # noqa: B018  raises now where the parent's place in its data is not known
     refused = _plan_all(study, chosen=chosen)

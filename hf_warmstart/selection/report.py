@@ -194,6 +194,7 @@ def make_report(selection: Selection, progress: Progress) -> SelectionReport:
         "continuation_steps": study.continuation_steps,
         "steps": progress.steps,
         "match": selection.match,
+        "schedule": study.schedule,
         "objective": selection.objective,
         "repeats": selection.repeats,
         "planned_steps": study.planned_steps,

@@ -14,7 +14,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from .halving import LEAST_REPEATS, affordable, half, leader_is_clear, ordered
-from .outcomes import outcome
+from .outcomes import outcomes
 from .regimes import matched_steps
 from .report import SelectionReport, make_report
 from .run import Runner
@@ -91,8 +91,8 @@ class Selection:
     def _continue(self, runner: Runner, progress: Progress) -> None:
         """Rounds of continuations over the survivors."""
         study = self.study
-        steps = progress.steps = self._matched(progress)
-        names = progress.probe_order
+        names = progress.order_by_probe(self.objective, study.planned_steps)
+        steps = progress.steps = self._matched(names, progress.seconds)
         first = lambda name: study.arm_flops(name, study.probe_steps, steps[name], False)  # noqa: E731
         again = lambda name: study.arm_flops(name, 0, steps[name], False)  # noqa: E731
         left = None if self.budget is None else self.budget - progress.spent
@@ -112,7 +112,8 @@ class Selection:
             left = None if left is None else left - price
             progress.spent += price
             for result in runner.run([(name, repeat, steps[name], False) for name in alive]):
-                progress.add_continuation(result, self.objective)
+                progress.add_continuation(result)
+            progress.judge(self.objective, study.planned_steps)
             alive = ordered({name: progress.losses[name] for name in alive if name not in progress.out})
             if len(alive) > 1 and leader_is_clear({name: progress.losses[name] for name in alive}, self.least_repeats):
                 progress.stopped = "the leader is clear"
@@ -124,14 +125,13 @@ class Selection:
         progress.stopped = progress.stopped or "all repeats were made"
         progress.alive = alive
 
-    def _matched(self, progress: Progress) -> dict[str, int]:
+    def _matched(self, names: Sequence[str], seconds: Mapping[str, float]) -> dict[str, int]:
         study, most = self.study, self.study.continuation_steps
-        names = progress.probe_order
         if self.match == "steps" or not names:
             return dict.fromkeys(names, most)
         prices = {name: study.step_flops(name) for name in names}
         if self.match == "time":
-            prices = {name: max(progress.seconds[name], 1e-9) for name in names}
+            prices = {name: max(seconds[name], 1e-9) for name in names}
         return {name: max(steps, study.probe_steps) for name, steps in matched_steps(most, prices).items()}
 
 
@@ -159,23 +159,33 @@ class Progress:
         else:
             self.seconds[name] = result["seconds_per_step"] or 0.0
 
-    def add_continuation(self, result: Mapping[str, Any], objective: str) -> None:
+    def add_continuation(self, result: Mapping[str, Any]) -> None:
         name = result["candidate"]
         if result["reason"] is not None:
             self.out[name] = result["reason"]
             return
-        self.losses.setdefault(name, []).append(outcome(result["evaluations"], objective))
         self.curves.setdefault(name, []).append(result["evaluations"])
         self.rates[name] = result["learning_rate"]
+
+    def judge(self, objective: str, planned_steps: int) -> None:
+        """What the candidates that were continued are ranked by, repeat by repeat."""
+        self.losses = {name: [] for name in self.curves}
+        for repeat in range(max(map(len, self.curves.values()), default=0)):
+            curves = {name: rows[repeat] for name, rows in self.curves.items() if repeat < len(rows)}
+            for name, loss in outcomes(curves, objective, planned_steps).items():
+                self.losses[name].append(loss)
 
     def drop(self, names: Sequence[str], when: str) -> None:
         """Note that candidates are not continued, the better ones last."""
         self.dropped += [(name, when) for name in reversed(names)]
 
-    @property
-    def probe_order(self) -> list[str]:
-        """Candidates that are not out, by their loss at the end of the probe."""
-        ends = {name: rows[-1][1] for name, rows in self.probes.items() if name not in self.out}
+    def order_by_probe(self, objective: str, planned_steps: int) -> list[str]:
+        """Candidates that are not out, by their loss at the end of the probe, or by what that is extrapolated to."""
+        curves = {name: rows for name, rows in self.probes.items() if name not in self.out}
+        if not curves:
+            return []
+        kind = objective if objective == "extrapolated" else "final_loss"
+        ends = outcomes(curves, kind, planned_steps)
         return sorted(ends, key=lambda name: (ends[name], name))
 
     @property

@@ -37,6 +37,7 @@ def select_warmstart(
     continuation_steps: int = CONTINUATION_STEPS,
     budget: float | str | None = None,
     match: str = "steps",
+    schedule: str = "planned",
     objective: str = "final_loss",
     eval_every: int | None = None,
     repeats: int = MOST_REPEATS,
@@ -63,8 +64,12 @@ def select_warmstart(
             `0.02` or `"2%"`. Evaluations and measures count. None: no limit.
         match (`str`, defaults to `"steps"`): what continuations have in common: `"steps"`, `"flops"` or `"time"`
             (seconds as measured in the probes: other machines, and other runs, rank otherwise).
-        objective (`str`, defaults to `"final_loss"`): `"final_loss"` of the continuation, or `"auc"`, the mean over its
-            steps (the paper's).
+        schedule (`str`, defaults to `"planned"`): `"planned"`: short runs are beginnings of the planned run, at its rates.
+            `"compressed"`: they are the planned run in little, with its whole schedule in `continuation_steps`, decay and
+            warm-up included, so that what a decay brings out is seen. What is started is the same.
+        objective (`str`, defaults to `"final_loss"`): `"final_loss"` of the continuation; `"auc"`, the mean over its steps
+            (the paper's); or `"extrapolated"`: the candidates' distances as they would be at the planned run's end, by what
+            they gained over the last two doublings of the steps. It also says who is continued.
         eval_every (`int`, *optional*): steps between two evaluations; by default an eighth of the continuation.
         repeats (`int`, defaults to 5): of a continuation, at most.
         max_memory (`str` or `int`, *optional*): what an arm may take, such as `"8GB"`; by default what is free.
@@ -100,6 +105,7 @@ def select_warmstart(
         continuation_steps=continuation_steps,
         budget=budget,
         match=match,
+        schedule=schedule,
         objective=objective,
         eval_every=eval_every,
         repeats=repeats,
