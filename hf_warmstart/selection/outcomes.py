@@ -13,6 +13,9 @@ from scipy.stats import spearmanr
 from .study import Study
 
 OBJECTIVES = ("final_loss", "auc", "extrapolated")
+# The most of a gain that is taken to come again in the next doubling of the steps. Chosen on the development settings of
+# `benchmarks/selection_check.py`, where a damaged candidate's gains fell by 0.61 to 0.83 in each: `docs/selection.md`.
+MOST_LASTING = 0.75
 # Cheap metrics by the beginning of their names: whether less of it is taken for better. Escape is taken for good, after the
 # paper's finding that it helps where the copies would stay locked; a negative agreement then says that it misleads.
 HIGHER_IS_BETTER = ("effective_rank", "escape", "outside")
@@ -50,10 +53,10 @@ def extrapolated(curves: Mapping[str, Sequence[Sequence[float]]], planned_steps:
     With g(s) the distance of a candidate to the leader at the last step t, what g gained over the last two doublings of the
     steps is taken on geometrically over the n = log2(T / t) doublings that are left:
 
-        d1 = g(t/2) - g(t/4)      d2 = g(t) - g(t/2)      r = d2 / d1, within 0 and 1
+        d1 = g(t/2) - g(t/4)      d2 = g(t) - g(t/2)      r = d2 / d1, within 0 and 3/4
         g(T) = g(t) + d2 (r + r^2 + ... + r^n)
 
-    So a candidate that is damaged and recovers comes to rest, and one that gains steadily goes on.
+    So a candidate that is damaged and recovers comes to rest, and one that gains steadily goes on for a while.
 
     Args:
         curves: (step, loss) of each candidate from step 0, on the same batches, to the same last step t.
@@ -71,8 +74,8 @@ def extrapolated(curves: Mapping[str, Sequence[Sequence[float]]], planned_steps:
     for name, row in losses.items():
         start, middle, end = (row - losses[leader]).tolist()
         first, second = middle - start, end - middle
-        ratio = min(1.0, max(0.0, second / first)) if first else 0.0
-        gain = left if ratio == 1 else ratio * (1 - ratio**left) / (1 - ratio)
+        ratio = min(MOST_LASTING, max(0.0, second / first)) if first else 0.0
+        gain = ratio * (1 - ratio**left) / (1 - ratio)
         found[name] = float(losses[leader][-1] + end + second * gain)
     return found
 

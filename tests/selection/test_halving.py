@@ -59,15 +59,22 @@ def test_distances_to_the_leader_are_extrapolated_over_the_doublings_that_are_le
     behind = {
         "leader": (0.0, 0.0, 0.0),
         "recovers": (0.8, 0.4, 0.2),  # by half as much in each doubling: 0.1 and 0.05 more
-        "gains": (0.03, 0.02, 0.01),  # by as much in each
-        "loses": (0.01, 0.02, 0.04),  # by no more than as much in each
+        "gains": (0.03, 0.02, 0.01),  # by as much in each: by 3/4 as much in the next
+        "loses": (0.01, 0.02, 0.04),
         "wavers": (0.01, 0.03, 0.02),
     }
     curves = {
         name: [leader[0], *([step, loss + g] for (step, loss), g in zip(leader[1:], row, strict=True))]
         for name, row in behind.items()
     }
-    ends = {"leader": 2.9, "recovers": 2.95, "gains": 2.89, "loses": 2.98, "wavers": 2.92}
+    lasting = 0.75 + 0.75**2
+    ends = {
+        "leader": 2.9,
+        "recovers": 2.95,
+        "gains": 2.91 - 0.01 * lasting,
+        "loses": 2.94 + 0.02 * lasting,
+        "wavers": 2.92,
+    }
     assert extrapolated(curves, 256) == pytest.approx(ends)
     assert outcomes(curves, "extrapolated", 256) == extrapolated(curves, 256)
     ended = {name: rows[-1][1] for name, rows in curves.items()}
