@@ -161,8 +161,8 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.trainer is not None and self.study.schedule_speed != 1:
-            start, kind = self.trainer._schedule_start, args.lr_scheduler_type
-            compress_schedule(self.trainer.lr_scheduler, start, self.study.schedule_speed, kind)
+            place, kind = self.trainer._schedule_start, args.lr_scheduler_type
+            compress_schedule(self.trainer.lr_scheduler, place, self.study.schedule_speed, kind)
         if state.global_step == 0 and self.trainer is not None:
             start = describe_start(self.study, self.name, self.repeat, self.trainer)
             write_json_file(self.folder / "start.json", start)

@@ -69,7 +69,9 @@ def extrapolated(curves: Mapping[str, Sequence[Sequence[float]]], planned_steps:
     last = curves[leader][-1][0]
     left = max(0.0, math.log2(planned_steps / last))
     at = [last / 4, last / 2, last]
-    losses = {name: np.interp(at, *zip(*rows, strict=True)) for name, rows in curves.items()}
+    losses = {
+        name: np.interp(at, [step for step, _ in rows], [loss for _, loss in rows]) for name, rows in curves.items()
+    }
     found = {}
     for name, row in losses.items():
         start, middle, end = (row - losses[leader]).tolist()
