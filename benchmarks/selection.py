@@ -26,21 +26,16 @@ from typing import Any
 import torch
 from datasets import Dataset
 from scipy.stats import t as student
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
-    default_data_collator,
-)
+from transformers import GPT2Config, GPT2LMHeadModel, default_data_collator
 
-from examples.quickstart_text import END, blocks, spread, train_tokenizer
+from examples.quickstart_text import blocks, spread
 from hf_warmstart import Candidate, WarmstartTrainingArguments, select_warmstart
 from hf_warmstart.cli.coverage import versions
 from hf_warmstart.selection.outcomes import agreement, loss_auc
 from hf_warmstart.selection.report import SelectionReport
-from hf_warmstart.selection.run import held
+
+from .document import replaced
+from .selection_runs import common_arguments, documents, made_once, tokenizer_of, train_parent
 
 REGIMES = ("deterministic", "shuffled", "dropout", "stochastic")
 MARKERS = "<!-- figures: made by benchmarks.selection -->", "<!-- figures: end -->"
@@ -126,54 +121,26 @@ def candidates(setting: Setting) -> list[Candidate]:
 # -- running ----------------------------------------------------------------------------------------------------------
 
 
-def documents(path: Path, setting: Setting) -> list[str]:
-    """The documents of a file, which the end token parts."""
-    found = [text.strip() for text in path.read_text(encoding="utf-8").split(END) if text.strip()]
-    return found[: setting.documents]
-
-
 def load_data(train: Path, held_out: Path, output: Path, setting: Setting) -> tuple[Dataset, Dataset, int]:
     """Blocks of tokens to train on and to evaluate on, and how many tokens there are."""
-    place = output / "tokenizer"
-    with held(output / "tokenizer.lock"):
-        if not (place / "tokenizer.json").is_file():
-            train_tokenizer(documents(train, setting), VOCABULARY).save_pretrained(place)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(place)
+    tokenizer = tokenizer_of(output / "tokenizer", lambda: documents(train, setting.documents), VOCABULARY)
     made = []
     for path, count in ((train, 10**9), (held_out, setting.eval_blocks)):
-        rows = spread(blocks(tokenizer, documents(path, setting), LENGTH), count).tolist()
+        rows = spread(blocks(tokenizer, documents(path, setting.documents), LENGTH), count).tolist()
         made.append(Dataset.from_dict({"input_ids": rows, "labels": rows}))
     return made[0], made[1], len(tokenizer)
 
 
-def common_arguments(setting: Setting, seed: int) -> dict[str, Any]:
-    """What parents and continuations have in common."""
-    return {
-        "per_device_train_batch_size": setting.batch,
-        "per_device_eval_batch_size": setting.batch,
-        "learning_rate": setting.learning_rate,
-        "lr_scheduler_type": "constant_with_warmup",
-        "warmup_steps": 30,
-        "weight_decay": 0.1,
-        "adam_beta2": 0.95,
-        "seed": seed,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-    }
-
-
-def train_parent(folder: Path, setting: Setting, seed: int, data: Dataset, vocabulary: int) -> None:
+def make_parent(folder: Path, setting: Setting, seed: int, data: Dataset, vocabulary: int) -> None:
     """A parent without dropout, saved at each of its steps."""
     config = GPT2Config(
         vocab_size=vocabulary, n_embd=setting.width, n_layer=setting.layers, n_head=setting.heads, n_positions=LENGTH,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     torch.manual_seed(seed)
-    own = {"max_steps": setting.parent_steps[-1], "save_steps": setting.parent_steps[0], "logging_steps": 10**6}
-    args = TrainingArguments(str(folder), **own, **common_arguments(setting, seed))
-    Trainer(GPT2LMHeadModel(config), args, train_dataset=data, data_collator=default_data_collator).train()
+    first, *_, last = setting.parent_steps
+    arguments = common_arguments(setting.batch, setting.learning_rate, seed)
+    train_parent(folder, GPT2LMHeadModel(config), data, last, first, arguments)
 
 
 def run_study(train: Path, held_out: Path, output: Path, setting: Setting) -> None:
@@ -182,12 +149,8 @@ def run_study(train: Path, held_out: Path, output: Path, setting: Setting) -> No
     data, evaluation, vocabulary = load_data(train, held_out, output, setting)
     for seed in setting.seeds:
         base = output / f"parent-seed-{seed}"
-        while not all((base / f"checkpoint-{step}" / "trainer_state.json").is_file() for step in setting.parent_steps):
-            with held(output / f"parent-{seed}.lock") as mine:
-                if mine:
-                    train_parent(base, setting, seed, data, vocabulary)
-                else:
-                    time.sleep(1)
+        last = base / f"checkpoint-{setting.parent_steps[-1]}"
+        made_once(last, lambda base=base, seed=seed: make_parent(base, setting, seed, data, vocabulary))
         for step in setting.parent_steps:
             for regime in setting.regimes:
                 folder = selection_folder(output, seed, step, regime)
@@ -203,7 +166,7 @@ def run_study(train: Path, held_out: Path, output: Path, setting: Setting) -> No
                         str(folder),
                         max_steps=10 * setting.steps,
                         data_policy="continue",
-                        **common_arguments(setting, seed),
+                        **common_arguments(setting.batch, setting.learning_rate, seed),
                     ),
                     regime=regime,
                     probe_steps=setting.lags,
@@ -439,8 +402,7 @@ def main() -> None:
         )
     )
     if options.document is not None:
-        before, rest = options.document.read_text().split(MARKERS[0])
-        options.document.write_text(f"{before}{MARKERS[0]}\n\n{text}\n\n{MARKERS[1]}{rest.split(MARKERS[1])[1]}")
+        options.document.write_text(replaced(options.document.read_text(), MARKERS, text))
 
 
 if __name__ == "__main__":

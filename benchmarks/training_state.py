@@ -51,6 +51,8 @@ from tests.growth.test_parent_coordinates import (
     train_parent,
 )
 
+from .document import replaced
+
 TABLE = "<!-- table: made by benchmarks.training_state -->", "<!-- table: end -->"
 FIGURES = "<!-- figures: made by benchmarks.training_state -->", "<!-- figures: end -->"
 COMMAND = "python -m benchmarks.training_state --output docs/training-state.md"
@@ -369,17 +371,6 @@ def measure_all(names: Mapping[str, Any] = OPTIMIZERS) -> tuple[Cells, dict[str,
     return cells, without
 
 
-def between(text: str, markers: tuple[str, str]) -> str:
-    """The generated part of a document between two markers."""
-    return text.split(markers[0])[1].split(markers[1])[0].strip()
-
-
-def _replaced(text: str, markers: tuple[str, str], part: str) -> str:
-    before, rest = text.split(markers[0])
-    after = rest.split(markers[1])[1]
-    return f"{before}{markers[0]}\n\n{part}\n\n{markers[1]}{after}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what becomes of a parent's training state.")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="document with the markers")
@@ -393,8 +384,8 @@ def main() -> None:
             of_muon, fresh = measure("Muon (torch)", Path(root), steps)
             carried = max(cell.worst for cell in of_muon.values() if cell.worst is not None)
             longer[steps] = carried, fresh
-    text = _replaced(text, TABLE, table(cells))
-    output.write_text(_replaced(text, FIGURES, figures(cells, without, longer)))
+    text = replaced(text, TABLE, table(cells))
+    output.write_text(replaced(text, FIGURES, figures(cells, without, longer)))
 
 
 if __name__ == "__main__":

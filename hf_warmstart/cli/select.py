@@ -16,7 +16,7 @@ from .options import add_growth_options, console, growth_options, parse_value, w
 
 if TYPE_CHECKING:
     from ..selection.report import SelectionReport
-    from ..selection.select import Selection
+    from ..selection.rounds import Selection
 
 EXAMPLES = """examples:
   hf-warmstart select --parent runs/base/checkpoint-2000 --regime stochastic --budget 2% \\
@@ -59,7 +59,16 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="at most (default: %(default)s)")
     parser.add_argument("--match", default="steps", metavar="NAME", help="steps, flops or time (default: %(default)s)")
     parser.add_argument(
-        "--objective", default="final_loss", metavar="NAME", help="final_loss or auc (default: %(default)s)"
+        "--schedule",
+        default="planned",
+        metavar="NAME",
+        help="of short runs: planned, or compressed into the continuation (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--objective",
+        default="final_loss",
+        metavar="NAME",
+        help="final_loss, auc or extrapolated (default: %(default)s)",
     )
     parser.add_argument(
         "--max-memory", metavar="SIZE", help="that an arm may take, such as 8GB (default: what is free)"
@@ -82,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
     from transformers import default_data_collator
 
     from ..selection.candidates import candidate_pool
-    from ..selection.select import prepare_selection
+    from ..selection.prepare import prepare_selection
 
     growth = growth_options(options)
     width, depth = growth.pop("width", None), growth.pop("depth", None)
@@ -99,6 +108,7 @@ def run(options: argparse.Namespace) -> int:
         continuation_steps=options.continuation_steps,
         budget=options.budget,
         match=options.match,
+        schedule=options.schedule,
         objective=options.objective,
         repeats=options.repeats,
         max_memory=options.max_memory,

@@ -35,6 +35,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import ExactnessError
 from ..training import WarmstartTrainer
+from ..training.schedules import compress_schedule
 from .metrics import zero_step_metrics
 from .probes import Baseline, probe, random_state_kept
 from .study import METRIC_BATCHES, NOISE_BATCHES, Study, write_json_file
@@ -159,6 +160,9 @@ class Watch(TrainerCallback):
         return ordered[len(ordered) // 2] if ordered else None
 
     def on_train_begin(self, args, state, control, **kwargs):
+        if self.trainer is not None and self.study.schedule_speed != 1:
+            place, kind = self.trainer._schedule_start, args.lr_scheduler_type
+            compress_schedule(self.trainer.lr_scheduler, place, self.study.schedule_speed, kind)
         if state.global_step == 0 and self.trainer is not None:
             start = describe_start(self.study, self.name, self.repeat, self.trainer)
             write_json_file(self.folder / "start.json", start)

@@ -79,21 +79,25 @@ def half(names: Sequence[str]) -> list[str]:
 
 
 def affordable(
-    names: Sequence[str], first: Callable[[str], float], next_one: Callable[[str], float], budget: float | None
+    names: Sequence[str],
+    first: Callable[[str], float],
+    next_one: Callable[[str], float],
+    budget: float | None,
+    rounds: int = LEAST_REPEATS,
 ) -> tuple[list[str], int]:
     """Which survivors of the probes a budget can continue, and through how many rounds at least.
 
     Args:
         names: in the probes' order. first: price of the first continuation, from the probe's end. next_one: of each further
-            repeat. budget: what is left; None for no limit.
+            repeat. budget: what is left; None for no limit. rounds: that are wanted.
 
     Returns:
-        As many names as can be continued and halved through `LEAST_REPEATS` rounds; of fewer rounds where not even two
+        As many names as can be continued and halved through so many rounds; of fewer rounds where not even two
         can be; no names where nothing can be.
     """
     if budget is None:
-        return list(names), LEAST_REPEATS
-    for repeats in range(LEAST_REPEATS, 0, -1):
+        return list(names), rounds
+    for repeats in range(rounds, 0, -1):
         for count in range(len(names), 1, -1):
             if price_of_rounds(names[:count], first, next_one, repeats) <= budget:
                 return list(names[:count]), repeats

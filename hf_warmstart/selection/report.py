@@ -24,7 +24,7 @@ from .regimes import Regime
 
 if TYPE_CHECKING:
     from ..training import WarmstartTrainer
-    from .select import Progress, Selection
+    from .rounds import Progress, Selection
 
 JSON_NAME, MARKDOWN_NAME, PLOT_NAME = "selection.json", "selection.md", "selection.png"
 
@@ -194,6 +194,7 @@ def make_report(selection: Selection, progress: Progress) -> SelectionReport:
         "continuation_steps": study.continuation_steps,
         "steps": progress.steps,
         "match": selection.match,
+        "schedule": study.schedule,
         "objective": selection.objective,
         "repeats": selection.repeats,
         "planned_steps": study.planned_steps,

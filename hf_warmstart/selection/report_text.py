@@ -24,7 +24,8 @@ def _parts(report: SelectionReport) -> Iterator[str]:
     )
     yield (
         f"Probes of {settings['probe_steps'][-1]} steps for all, continuations of {settings['continuation_steps']} steps for "
-        f"survivors, at equal {settings['match']}, ranked by `{settings['objective']}`; stopped since "
+        f"survivors, at equal {settings['match']}, under the {settings.get('schedule', 'planned')} schedule, "
+        f"ranked by `{settings['objective']}`; stopped since "
         f"{settings['stopped']}. Cost: {settings['spent_flops']:.3g} FLOPs, "
         f"{report.cost_fraction:.2%} of the planned run of {settings['planned_steps']} steps."
     )

@@ -43,12 +43,12 @@ class Runner:
     def run(self, tasks: Sequence[Task]) -> list[dict[str, Any]]:
         """The results of some arms, in their order; run here what is neither done nor held elsewhere."""
         while missing := [task for task in tasks if read_result(self.study, *task[:3]) is None]:
-            if not sum(self._run_if_free(task) for task in missing):
+            if not sum(self.run_if_free(task) for task in missing):
                 time.sleep(PAUSE)
         found = [read_result(self.study, *task[:3]) for task in tasks]
         return [result for result in found if result is not None]
 
-    def _run_if_free(self, task: Task) -> bool:
+    def run_if_free(self, task: Task) -> bool:
         """Run an arm unless it is held or done; whether it was run here."""
         name, repeat, until, goes_on = task
         with held(self.study.arm_folder(name, repeat) / LOCK) as mine:

@@ -71,7 +71,9 @@ class Study:
         train_dataset, eval_dataset, trainer_options: for every trainer.
         planned_steps: of the run that is to be started. lags: steps at which probes measure.
         continuation_steps: of a continuation. eval_every: steps between two evaluations.
-        folder: where the arms lie.
+        folder: where the arms lie. settings: what else a selection was asked for.
+        schedule: `"planned"`: a continuation is the beginning of the planned run; `"compressed"`: the planned run in little,
+            its whole schedule within the continuation.
     """
 
     parent: Path
@@ -89,6 +91,7 @@ class Study:
     folder: Path
     trainer_options: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    schedule: str = "planned"
 
     # -- what follows ---------------------------------------------------------------------------------------------
 
@@ -96,6 +99,11 @@ class Study:
     def probe_steps(self) -> int:
         """Steps of a probe: to its last lag."""
         return self.lags[-1]
+
+    @property
+    def schedule_speed(self) -> float:
+        """How many steps of the planned schedule a step of an arm passes."""
+        return self.planned_steps / self.continuation_steps if self.schedule == "compressed" else 1.0
 
     @property
     def examples_per_step(self) -> int:

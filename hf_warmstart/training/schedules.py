@@ -140,6 +140,23 @@ def ramp_schedule(scheduler: Any, start: int, steps: int, kind: str) -> None:
     scheduler.lr_lambdas = [ramped(rate) for rate in scheduler.lr_lambdas]
 
 
+def compress_schedule(scheduler: Any, start: int, factor: float, kind: str) -> None:
+    """Let a schedule pass `factor` times as fast from step `start` on, so that a shorter run comes to its end.
+
+    Raises:
+        WarmstartError: its rate depends on more than the step.
+    """
+    if not isinstance(scheduler, LambdaLR):
+        raise WarmstartError(
+            f"The schedule {_name(kind)} depends on more than the step and cannot be compressed. Pass another schedule."
+        )
+
+    def compressed(rate: Any) -> Any:
+        return lambda step: rate(start + (step - start) * factor)
+
+    scheduler.lr_lambdas = [compressed(rate) for rate in scheduler.lr_lambdas]
+
+
 def check_decays(kind: str) -> None:
     """Raise unless a schedule ends in a decay whose length can be chosen."""
     if SchedulerType(kind) is not SchedulerType.WARMUP_STABLE_DECAY:

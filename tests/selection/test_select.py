@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 
 import pytest
@@ -13,8 +14,10 @@ from transformers import default_data_collator
 from hf_warmstart import Candidate, SelectionReport, WarmstartError
 from hf_warmstart.growth.plan import GrowthRecord
 from hf_warmstart.hub.save import save_grown
-from hf_warmstart.selection import select as selecting
-from hf_warmstart.selection.select import prepare_selection
+from hf_warmstart.selection import outcomes as outcomes_module
+from hf_warmstart.selection import prepare
+from hf_warmstart.selection.outcomes import extrapolated
+from hf_warmstart.selection.prepare import prepare_selection
 
 from ..training.conftest import blocks
 from .conftest import WIDE, arguments, held_out, small_selection, three
@@ -168,7 +171,7 @@ def test_without_optimizer_state_weights_alone_are_offered_and_what_is_lost_is_s
 def test_candidates_that_do_not_fit_in_memory_are_named_before_anything_starts(parent, tmp_path, monkeypatch):
     with pytest.raises(WarmstartError, match=r"(?s)3 candidates do not fit in memory \(0.001 GB\).*copy needs"):
         prepared(parent, tmp_path / "out", three(), max_memory="1MB")
-    monkeypatch.setattr(selecting, "free_bytes", lambda device: 10)
+    monkeypatch.setattr(prepare, "free_bytes", lambda device: 10)
     with pytest.raises(WarmstartError, match="do not fit in memory"):
         prepared(parent, tmp_path / "out", three())
     assert not (tmp_path / "out").exists()
@@ -194,6 +197,10 @@ def test_what_a_model_does_not_admit_is_left_out_of_the_pool_and_raised_for_thos
         ({"probe_steps": ()}, "whole numbers above 0"),
         ({"continuation_steps": 500, "probe_steps": 4}, "more than the 200 steps of the planned run"),
         ({"match": "tokens"}, "match='tokens' is none of"),
+        ({"schedule": "short"}, "schedule='short' is none of"),
+        ({"schedule": "compressed", "match": "flops"}, "ends with the continuation"),
+        ({"objective": "extrapolated", "match": "flops"}, "under the planned schedule; given match='flops'"),
+        ({"objective": "extrapolated", "schedule": "compressed"}, "given match='steps' and schedule='compressed'"),
         ({"objective": "accuracy"}, "objective='accuracy' is none of"),
         ({"repeats": 0}, "must be at least 1"),
         ({"regime": "random"}, "regime='random' is none of"),
@@ -219,6 +226,42 @@ def test_a_budget_continues_the_best_of_the_probes_only(parent, tmp_path):
     assert lean.settings["stopped"] == "the budget pays for no continuation" and lean.margin["candidate"] is None
     assert [row["stage"] for row in lean.table] == ["chosen", "probed", "probed"]
     assert lean.cost_fraction <= share * 1.001 and "probes rank badly" in lean.unsure[0]
+
+
+def test_a_compressed_schedule_ends_with_the_continuation_however_it_was_divided(parent, selected, tmp_path):
+    pair = three()[:2]
+    made = {
+        lag: small_selection(parent, tmp_path / str(lag), pair, schedule="compressed", repeats=1, probe_steps=lag)
+        for lag in (4, 8)
+    }
+    assert made[4].curves == made[8].curves and made[4].settings["schedule"] == "compressed"
+    result = "_selection/arms/copy/repeat-0/result-8.json"
+    rate = lambda folder: json.loads((folder / result).read_text())["learning_rate"]  # noqa: E731
+    # The last of 8 steps begins at 7 x 25 of the 200; the parent had taken 8, and 5 warmed up.
+    last = 3e-3 * (1 + math.cos(math.pi * (8 + 175 - 5) / (8 + 200 - 5))) / 2
+    assert rate(tmp_path / "4") == rate(tmp_path / "8") == pytest.approx(last)
+    assert rate(selected[1]) > 1e-3  # the planned 200 steps have hardly begun
+    assert "under the compressed schedule" in made[4].to_markdown()
+
+
+def test_by_extrapolation_those_that_gain_are_continued_and_chosen(parent, tmp_path, monkeypatch):
+    pair = three()[:2]
+    plain = small_selection(parent, tmp_path / "plain", pair, repeats=1, probe_steps=4, eval_every=1)
+    made = small_selection(
+        parent, tmp_path / "far", pair, repeats=1, probe_steps=4, eval_every=1, objective="extrapolated"
+    )
+    assert made.curves == plain.curves and made.settings["objective"] == "extrapolated"
+    ends = extrapolated({name: rows[0] for name, rows in made.curves.items()}, 200)
+    assert {row["candidate"]: row["loss"] for row in made.table} == pytest.approx(ends)
+    assert made.best == min(ends, key=ends.get)
+    far = outcomes_module.extrapolated
+    monkeypatch.setattr(
+        outcomes_module, "extrapolated", lambda curves, steps: {n: -x for n, x in far(curves, steps).items()}
+    )
+    turned = small_selection(
+        parent, tmp_path / "turned", pair, repeats=1, probe_steps=4, eval_every=1, objective="extrapolated"
+    )
+    assert turned.best == max(ends, key=ends.get)
 
 
 @pytest.mark.slow

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.training_state import COMMAND, OPTIMIZERS, SOURCES, TABLE, between, measure_all, table
+from benchmarks.document import between
+from benchmarks.training_state import COMMAND, OPTIMIZERS, SOURCES, TABLE, measure_all, table
 from hf_warmstart.growth.state import STATE_POLICIES
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "training-state.md"
