@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from benchmarks.growth_study.document import Report
 from benchmarks.growth_study.running import Study
-from benchmarks.growth_study.settings import GPU, SETTINGS, tenth
+from benchmarks.growth_study.settings import GPU, SETTINGS, Setting, only, tenth
 from benchmarks.growth_study.text import prepare
 from benchmarks.growth_study.workers import run_all
 from hf_warmstart import WarmstartError
@@ -40,12 +40,10 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     ends = None if options.minutes is None else time.time() + 60 * options.minutes
-    setting = tenth(GPU) if options.setting == SMALL else SETTINGS[options.setting]
-    if options.max_epochs is not None:
-        setting = replace(setting, max_epochs=options.max_epochs)
-    seeds = None if options.seeds is None else tuple(range(options.seeds))
     fault = None
     try:
+        setting = _setting(options)
+        seeds = None if options.seeds is None else tuple(range(options.seeds))
         text = prepare(options.output, setting, options.text, options.eval_text)
         study = Study(options.output, setting, text, options.device, options.states, seeds)
         if options.text:
@@ -68,6 +66,14 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"growth_factor: {fault}")
 
 
+def _setting(options: argparse.Namespace) -> Setting:
+    """The setting, with what the command changes of it."""
+    setting = tenth(GPU) if options.setting == SMALL else SETTINGS[options.setting]
+    if options.targets:
+        setting = only(setting, options.targets)
+    return setting if options.max_epochs is None else replace(setting, max_epochs=options.max_epochs)
+
+
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -81,6 +87,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     add("--minutes", type=float, help="begin no run that would not end by then")
     add("--seeds", type=int, help="how many are reported, from 0 (default: the setting's)")
     add("--max-epochs", type=float, help="passes over the text of any run, at most (default: the setting's)")
+    add("--targets", nargs="+", metavar="SIZE", help="of the setting, only these (default: all)")
     add("--document", type=Path, metavar="FILE", help="put the report between its markers, plots and table beside it")
     options = parser.parse_args(arguments)
     if options.workers < 1 or (options.minutes is not None and options.minutes <= 0):

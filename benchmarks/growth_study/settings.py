@@ -7,12 +7,13 @@ budget `r = D / N_target` tokens per parameter since the growth.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from transformers import LlamaConfig
 
+from hf_warmstart import WarmstartError
 from hf_warmstart.scaling.compute import count_parameters
 from hf_warmstart.scaling.sweeps.config import SweepConfig
 
@@ -269,7 +270,7 @@ GPU = Setting(
     ),
     controls=(("512x10", "384x10"), ("512x10", "512x5")),
     scratch_rungs=(5.0, 10.0, 20.0, 40.0),
-    rates=(5e-4, 1e-3, 2e-3),
+    rates=(7.5e-4, 1.5e-3, 3e-3),
     length=256,
     batch=64,
     bf16=True,
@@ -281,9 +282,25 @@ SETTINGS = {"quick": QUICK, "hour": HOUR, "overnight": OVERNIGHT, "gpu": GPU}
 
 
 def tenth(setting: Setting) -> Setting:
-    """The GPU's setting at about a tenth of its widths, to try it on a CPU."""
+    """The GPU's setting at about a tenth of its widths and a thousandth of its budgets, to try it on a CPU."""
     small = {
         name: Size(size.hidden // 8, size.inner // 8, max(1, size.layers // 2), size.heads, size.head_dim // 8)
         for name, size in setting.sizes.items()
     }
-    return replace(setting, sizes=small, max_epochs=0.05)
+    return replace(setting, sizes=small, max_epochs=0.001, batch=4, per_device_batch=8, eval_tokens=2**12)
+
+
+def only(setting: Setting, targets: Sequence[str]) -> Setting:
+    """A setting without other targets than these, and without what they do not need.
+
+    Raises:
+        WarmstartError: it has no such targets.
+    """
+    if unknown := sorted(set(targets) - set(setting.targets)):
+        raise WarmstartError(f"The setting has no targets {unknown}; it has {list(setting.targets)}.")
+    arms = tuple(arm for arm in setting.arms if arm.target in targets)
+    controls = tuple(pair for pair in setting.controls if pair[0] in targets)
+    kept = {name: base for name, base in setting.targets.items() if name in targets}
+    needed = {*kept, *kept.values(), *(arm.base for arm in arms), *(base for _, base in controls)}
+    sizes = {name: size for name, size in setting.sizes.items() if name in needed}
+    return replace(setting, sizes=sizes, targets=kept, arms=arms, controls=controls)

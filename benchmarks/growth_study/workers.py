@@ -97,20 +97,25 @@ def _run(study: Study, job: Job) -> None:
 
 
 def run_all(study: Study, workers: int, ends: float | None = None) -> None:
-    """Run a study in some processes of one thread each; in this one, where it is one.
+    """Run a study in some processes, or in this one, where it is one.
 
     Raises:
         WarmstartError: runs failed; the message says which.
     """
     shutil.rmtree(study.folder / FAILED, ignore_errors=True)  # what failed before is tried again
     if workers == 1:
-        torch.set_num_threads(1)
+        torch.set_num_threads(_threads(str(study.device)))
         work(study, ends)
     else:
         _in_processes(study, workers, ends)
     failed = sorted(file.stem for file in (study.folder / FAILED).glob("*.txt"))
     if failed:
         raise WarmstartError(f"{len(failed)} runs failed: {', '.join(failed)}. {study.folder / FAILED} says how.")
+
+
+def _threads(device: str) -> int:
+    """One beside other processes; a few where only growing is done on the CPU."""
+    return 1 if device == "cpu" else 4
 
 
 def _in_processes(study: Study, workers: int, ends: float | None) -> None:
@@ -130,6 +135,6 @@ def _worker(
     folder: Path, setting: Setting, device: str, states: Path, seeds: tuple[int, ...], ends: float | None
 ) -> None:
     """What a process does."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(_threads(device))
     logging.set_verbosity_error()
     work(Study(folder, setting, read(folder), device, states, seeds), ends)

@@ -18,7 +18,7 @@ from benchmarks.growth_study.claims import NO, OPEN, YES, claims, decide, fewest
 from benchmarks.growth_study.document import Report
 from benchmarks.growth_study.jobs import BASE, CONTROL, GROWN, GROWN_TRIAL, SCRATCH, TRANSFERRED, TRIAL, Job, jobs_of
 from benchmarks.growth_study.running import DONE, Study
-from benchmarks.growth_study.settings import ASYMMETRIC, CARRY, QUICK, SETTINGS, Arm, paper, tenth
+from benchmarks.growth_study.settings import ASYMMETRIC, CARRY, QUICK, SETTINGS, Arm, only, paper, tenth
 from benchmarks.growth_study.table import Cell, Interval, cells_of, runs_of
 from benchmarks.growth_study.text import prepare
 from benchmarks.growth_study.workers import held, work
@@ -374,3 +374,13 @@ def test_the_quick_study_ends_in_a_report_and_no_run_is_done_twice(tmp_path, tex
     again = {file: file.stat().st_mtime_ns for file in (folder / DONE).iterdir()}
     main(["--output", str(folder)])
     assert again == {file: file.stat().st_mtime_ns for file in (folder / DONE).iterdir()}
+
+
+def test_a_setting_is_cut_to_some_targets_with_all_that_they_need():
+    setting = SETTINGS["hour"]
+    cut = only(setting, ["32x3"])
+    assert list(cut.sizes) == ["32x3", "20x3", "12x3"] and not cut.controls
+    assert {job.target for job in jobs_of(cut) if job.kind != TRIAL} == {"32x3", "20x3", "12x3"}
+    assert cut.arms and all(arm in setting.arms for arm in cut.arms)
+    with pytest.raises(WarmstartError, match=r"no targets \['30x3'\]; it has \['48x3', '32x3'\]"):
+        only(setting, ["30x3", "32x3"])
