@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from benchmarks.growth_study.document import Report
 from benchmarks.growth_study.running import Study
 from benchmarks.growth_study.settings import GPU, SETTINGS, Setting, only, tenth
 from benchmarks.growth_study.text import prepare
@@ -51,6 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
                 run_all(study, options.workers, ends)
             except WarmstartError as error:  # the others are reported all the same
                 fault = error
+        from benchmarks.growth_study.document import Report  # pandas and matplotlib, which no run needs
+
         report = Report.of(study, options.setting)
     except WarmstartError as error:
         sys.exit(f"growth_factor: {error if fault is None else fault}")
