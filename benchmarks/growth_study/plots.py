@@ -63,7 +63,10 @@ def _isoflops(axis: Any, runs: pd.DataFrame, cells: Sequence[Cell], law: GainLaw
             made = Interval.of(cell.ratios.values()).map(lambda x, level=level: level * math.exp(x))
             ends = (made.mean if made.low is None else made.low, made.mean if made.high is None else made.high)
             error = [[made.mean - ends[0]], [ends[1] - made.mean]]
-            axis.errorbar([cell.growth_factor], [made.mean], yerr=error, fmt="o", ms=4, color=colour, capsize=2)
+            beside = cell.growth_factor * (
+                1 + 0.02 * (COLOURS.index(colour) - 1)
+            )  # so that intervals can be told apart
+            axis.errorbar([beside], [made.mean], yerr=error, fmt="o", ms=4, color=colour, capsize=2)
     axis.set(xscale="log", xlabel="growth factor g (1: scratch)", ylabel="held-out loss, nats per token")
     axis.set_xticks([1, 2, 4], ["1", "2", "4"])
     axis.minorticks_off()

@@ -23,6 +23,7 @@ from benchmarks.growth_study.table import Cell, Interval, cells_of, runs_of
 from benchmarks.growth_study.text import prepare
 from benchmarks.growth_study.workers import held, work
 from hf_warmstart import WarmstartError, advise_growth
+from hf_warmstart.scaling.growth_laws import GrowthLaws
 from hf_warmstart.scaling.sweeps.training import RATE_FACTOR
 from hf_warmstart.scaling.tokens_to_loss import Bounded
 
@@ -177,6 +178,19 @@ def test_advice_is_right_on_cells_that_were_left_out_of_a_study_whose_law_is_kno
     truth = {1.0: 0.0} | {g: log_ratio(g, 10.0) for g in FACTORS}
     right = min(truth, key=truth.__getitem__)
     assert all(choice.best == pytest.approx(right) for choice in choices if choice.rung == 10)
+
+
+def test_the_laws_have_not_seen_the_cell_that_they_are_asked_about(monkeypatch):
+    seen, fit = [], GrowthLaws.fit
+
+    def recorded(runs, **options):
+        seen.append({(row.params, row.rung) for row in runs.itertuples()})
+        return fit(runs, **options)
+
+    monkeypatch.setattr(GrowthLaws, "fit", recorded)
+    choices = check_advice(as_runs(study(0, seeds=1, sizes=(1e6, 4e6))), ("grown",))
+    everything = set.union(*seen)
+    assert [everything - cells for cells in seen] == [{(float(c.target), c.rung)} for c in choices]
 
 
 def test_wrong_advice_is_counted_as_wrong():
