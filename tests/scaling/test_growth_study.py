@@ -377,13 +377,15 @@ def test_the_quick_study_ends_in_a_report_and_no_run_is_done_twice(tmp_path, tex
         main([*command, "--minutes", "0.1"])
     part = {file: file.stat().st_mtime_ns for file in (folder / DONE).iterdir()}
     assert 0 < len(part) < len(jobs_of(QUICK))
-    document.write_text("before\n<!-- quick: made by benchmarks.growth_factor -->\nold\n<!-- quick: end -->\nafter\n")
+    document.write_text(
+        "before\n<!-- quick: made by benchmarks.growth_factor -->\nNot run yet.\n<!-- quick: end -->\nafter\n"
+    )
     main([*command, "--document", str(document)])
     made = opened(folder, text)
     assert all(made.is_done(job) for job in made.jobs) and not list((folder / "failed").glob("*"))
     assert all(file.stat().st_mtime_ns == time for file, time in part.items())
     words = document.read_text()
-    assert words.startswith("before\n") and words.endswith("after\n") and "old" not in words
+    assert words.startswith("before\n") and words.endswith("after\n") and "Not run yet" not in words
     assert f"{len(made.jobs)} of {len(made.jobs)} runs" in words
     again = {file: file.stat().st_mtime_ns for file in (folder / DONE).iterdir()}
     main(["--output", str(folder)])
