@@ -291,3 +291,29 @@ def test_the_stacking_guideline_gives_its_printed_table(params, tokens, seen):
 def test_the_stacking_guideline_is_silent_where_it_gives_more_than_the_budget():
     _, base_tokens = stack_guideline(6e5, 6e6)
     assert base_tokens.value is None and "more than the whole budget" in base_tokens.reason
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_laws_are_read_as_they_were_saved(tmp_path):
+    laws = GrowthLaws.fit(study(1, noise=0.002), draws=20)
+    path = laws.save_pretrained(tmp_path / "laws")
+    read = GrowthLaws.from_pretrained(path.parent)
+    assert read.notes == laws.notes and read.source == laws.source and list(read.gains) == list(laws.gains)
+    for each in (5, 20):
+        read_change, change = (found.gain().change(3, each) for found in (read, laws))
+        assert (read_change.value, *read_change.interval) == pytest.approx((change.value, *change.interval), rel=1e-12)
+    assert read.scratch_loss(2e6, 4e7) == laws.scratch_loss(2e6, 4e7)
+    assert np.array_equal(read.scratch.draws, laws.scratch.draws) and read.scratch_error == laws.scratch_error
+    assert np.array_equal(read.gain().draws, laws.gain().draws) and read.gain().terms == laws.gain().terms
+    assert read.gain().ranges == laws.gain().ranges and read.gain().dropped == laws.gain().dropped
+
+
+@pytest.mark.parametrize("words", ["{}", "[1]", "no json", '{"kind": "growth_laws"}', '{"kind": "hparam_predictor"}'])
+def test_damaged_laws_are_refused(tmp_path, words):
+    with pytest.raises(WarmstartError, match="does not exist"):
+        GrowthLaws.from_pretrained(tmp_path)
+    (tmp_path / "growth_laws.json").write_text(words)
+    with pytest.raises(WarmstartError, match="damaged|no laws of growth"):
+        GrowthLaws.from_pretrained(tmp_path)

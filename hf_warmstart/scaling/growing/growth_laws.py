@@ -6,17 +6,23 @@ runs tell it; constants that they do not tell are named, since digits of them wo
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...errors import WarmstartError
+from ...errors import CheckpointError, WarmstartError
+from ...version import __version__
 from ..fits.laws import LossLaw, interval
 from .gain_law import DRAWS, LEVEL_WIDTH, SPREAD, GainLaw, fit_gain, levels
 from .growth_runs import CONTINUE, SCRATCH, pairs_of, read_runs
+
+FILE, KIND = "growth_laws.json", "growth_laws"
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,61 @@ class GrowthLaws:
     def compares_sizes(self) -> bool:
         """Whether scratch's law holds for more than one size."""
         return self.scratch is not None and self.scratch.form == "params_tokens"
+
+    def save_pretrained(self, folder: str | os.PathLike) -> Path:
+        """Write `growth_laws.json` into a folder (made if missing): laws with their draws, without the runs."""
+        from ...hub.facts import to_json
+
+        path = Path(folder) / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        gains = {name: asdict(law) | {"theta": law.theta.tolist()} | _drawn(law) for name, law in self.gains.items()}
+        scratch = None if self.scratch is None else {**self.scratch.to_dict(), **_drawn(self.scratch)}
+        data = {"kind": KIND, "library_version": __version__, **self.__dict__, "gains": gains, "scratch": scratch}
+        path.write_text(to_json(data) + "\n")
+        return path
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike) -> GrowthLaws:
+        """Read what `save_pretrained` wrote.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged.
+        """
+        path = Path(folder) / FILE
+        if not path.is_file():
+            raise CheckpointError(f"{path} does not exist. Save GrowthLaws there with save_pretrained first.")
+        try:
+            data = json.loads(path.read_text())
+            if data.pop("kind") != KIND:
+                raise CheckpointError(f"{path} holds no laws of growth.")
+            del data["library_version"]
+            gains = {name: _gain(own) for name, own in data.pop("gains").items()}
+            saved = data.pop("scratch")
+            scratch = None if saved is None else replace(LossLaw(**saved), draws=_array(saved["draws"]))
+            return cls(gains, scratch, **{**data, "notes": tuple(data["notes"])})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, WarmstartError):
+                raise
+            raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _drawn(law: GainLaw | LossLaw) -> dict[str, Any]:
+    """The draws of a law as lists."""
+    return {"draws": None if law.draws is None else law.draws.tolist()}
+
+
+def _array(values: Any) -> np.ndarray | None:
+    return None if values is None else np.asarray(values, dtype=float)
+
+
+def _gain(saved: Mapping[str, Any]) -> GainLaw:
+    """A law of gain from plain data."""
+    terms = tuple(saved["terms"])
+    ranges = {name: (float(low), float(high)) for name, (low, high) in saved["ranges"].items()}
+    theta, draws = np.asarray(saved["theta"], dtype=float), np.asarray(saved["draws"], dtype=float)
+    return GainLaw(
+        **{**saved, "terms": terms, "theta": theta, "draws": draws.reshape(-1, len(terms)), "ranges": ranges}
+    )
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,9 @@ from .text import Blocks
 CHECKS = (0.25, 0.5)  # shares of the longest horizon at which a hopeless run is stopped
 FINISHED, STOPPED, DIVERGED = "finished", "stopped", "diverged"
 FINITE_EVERY = 16  # steps between looks at the loss, which make a GPU wait
+RATE_FACTOR = "rate_factor"  # of a group of parameters: its rate over the run's; 1 where there is none
+Begin = Callable[[], tuple[PreTrainedModel, torch.optim.Optimizer]]
+Take = Callable[[PreTrainedModel, torch.optim.Optimizer], None]
 
 
 @dataclass(frozen=True)
@@ -108,30 +111,39 @@ def train(
     *,
     weights: Mapping[str, Tensor] | None = None,
     take: Callable[[PreTrainedModel], None] = lambda model: None,
+    begin: Begin | None = None,
+    take_trunk: Take = lambda model, optimizer: None,
 ) -> list[Outcome]:
     """Train one proxy at one point.
 
     Args:
         texts: to train on, and held out. reference: for stopping. advance: told the tokens of each step. weights: to start
             from, in place of new ones. take: given the model of each horizon that was finished.
+        begin: makes model and optimizer, in place of new ones of the proxy's config; a group of parameters may have a
+            `rate_factor`. take_trunk: given both where the last horizon's decay begins.
 
     Returns:
         An outcome for each horizon. The global random state is untouched.
     """
     with _own_random_state(seed, device):
-        run = _Run(model_class, proxy, point, seed, texts, asked, reference, device, advance, take)
+        run = _Run(model_class, proxy, point, seed, texts, asked, reference, device, advance, take, begin, take_trunk)
         if weights is not None:
             run.model.load_state_dict(weights)
         return run.run()
 
 
 class _Run:
-    def __init__(self, model_class, proxy, point, seed, texts, asked, reference, device, advance, take):
+    def __init__(
+        self, model_class, proxy, point, seed, texts, asked, reference, device, advance, take, begin, take_trunk
+    ):
         self.proxy, self.point, self.seed, self.asked = proxy, point, seed, asked
         self.texts, self.reference, self.device = texts, reference, device
-        self.advance, self.take = advance, take
-        self.model = new_model(model_class, proxy, device)
-        self.optimizer = new_optimizer(self.model, point.learning_rate, asked)
+        self.advance, self.take, self.take_trunk = advance, take, take_trunk
+        if begin is None:
+            self.model = new_model(model_class, proxy, device)
+            self.optimizer = new_optimizer(self.model, point.learning_rate, asked)
+        else:
+            self.model, self.optimizer = begin()
         batch, shortest = point.batch_sequences, min(proxy.horizons)
         self.horizons = [Horizon.of(sequences, shortest, batch, asked) for sequences in proxy.horizons]
         self.check_steps = [max(1, round(share * self.horizons[-1].steps)) for share in CHECKS]
@@ -149,6 +161,8 @@ class _Run:
                 status = self._trunk(step, horizon)
                 step = horizon.stable_end
             if status == FINISHED:
+                if last:
+                    self.take_trunk(self.model, self.optimizer)
                 saved = None if last else self._state()
                 branch = self._branch(horizon, sequences)
                 loss = self._evaluate() if branch == FINISHED else None
@@ -191,7 +205,7 @@ class _Run:
     def _step(self, step: int, horizon: Horizon, batch: int) -> bool:
         """One optimizer step on the stream's next sequences; whether the loss is known to be a number still."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.point.learning_rate * horizon.rate(step)
+            group["lr"] = self.point.learning_rate * group.get(RATE_FACTOR, 1.0) * horizon.rate(step)
         start = step * self.point.batch_sequences
         rows = self.texts[0].rows(start, start + batch, self.seed).to(self.device)
         loss = accumulate(self.model, rows, self.asked)
@@ -232,8 +246,10 @@ def new_model(model_class: type[PreTrainedModel], proxy: Proxy, device: torch.de
         return model_class(config).float().to(device).train()
 
 
-def new_optimizer(model: nn.Module, learning_rate: float, asked: SweepConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on what `Trainer` decays: all but biases and norms."""
+def new_optimizer(
+    model: nn.Module, learning_rate: float, asked: SweepConfig, kind: type[torch.optim.AdamW] = torch.optim.AdamW
+) -> torch.optim.AdamW:
+    """AdamW, or a kind of it, with weight decay on what `Trainer` decays: all but biases and norms."""
     from transformers import Trainer
 
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
@@ -241,9 +257,7 @@ def new_optimizer(model: nn.Module, learning_rate: float, asked: SweepConfig) ->
         {"params": [p for n, p in model.named_parameters() if (n in decayed) == decays], "weight_decay": decay}
         for decays, decay in ((True, asked.weight_decay), (False, 0.0))
     ]
-    return torch.optim.AdamW(
-        groups, lr=learning_rate, betas=(asked.adam_beta1, asked.adam_beta2), eps=asked.adam_epsilon
-    )
+    return kind(groups, lr=learning_rate, betas=(asked.adam_beta1, asked.adam_beta2), eps=asked.adam_epsilon)
 
 
 def accumulate(model: PreTrainedModel, rows: Tensor, asked: SweepConfig) -> Tensor:
