@@ -16,8 +16,8 @@ would have it. So sweep, parents and grids run beside one another, and the narro
 
 The *regret* of settings is their loss over the grid's best, less one. The grid's best point is chosen by the mean over the
 seeds of the grid; the interval is over pairs of runs with fresh seeds, so that the choice of the lowest of many noisy losses
-does not count for the grid. The *search compute* is all of the sweep and one evaluation of the parent, over 25 points and
-two seeds on the target, in FLOPs by the configs.
+does not count for the grid. A preset is compared with the grid's best on one seed. The *search compute* is all of the sweep
+and one evaluation of the parent, over 25 points and two seeds on the target, in FLOPs by the configs.
 
 Every run is a file in the output folder, so that the same command goes on after `--minutes`, or however it was ended.
 """

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CONFIDENCE = 0.95
+SHOWN = 10  # % of the loss that the picture's colours tell apart
 MARKERS = "<!-- figures: made by benchmarks.hparams -->", "<!-- figures: end -->"
 
 
@@ -107,13 +108,13 @@ def of_parent(folder: Path, target: Target, name: str) -> dict[str, Any]:
             found["fresh"] = [float(np.mean([_loss(pair[k]) for pair in fresh])) for k in (0, 1)]  # type: ignore[arg-type]
     if "pairs" not in found:
         missing.append(f"comparison on fresh seeds of {name}")
-    found["presets"] = {}
+    found["presets"], first = {}, setting.grid_seeds[0]
     for preset, point in preset_points(target, parent_file(folder, name)).items():
         if not isinstance(point, Point):
             found["presets"][preset] = {"refused": point}
-        elif point in means:
-            loss = means[point]
-            regret = loss / grid[best] - 1 if math.isfinite(loss) else "diverged"
+        elif (point, first) in runs:
+            loss = _loss(runs[point, first])
+            regret = loss / _loss(runs[best, first]) - 1 if math.isfinite(loss) else "diverged"
             found["presets"][preset] = _said(point, loss, target) | {"regret": regret}
         else:
             missing.append(f"{preset} of {name}")
@@ -168,7 +169,7 @@ def _search(folder: Path, target: Target, sweep_flops: float, parents: dict[str,
 
 
 def _surface(runs: dict[tuple[Point, int], dict[str, Any]], grid: dict[Point, float], target: Target) -> Any:
-    """The quadratic through the grid's runs near its best; None where it is not convex."""
+    """The quadratic through the grid's runs near its best; None where it is not convex, or lowest beyond the grid."""
     rows = [
         {"learning_rate": point.learning_rate, "batch_tokens": point.batch_sequences * target.setting.length,
          "loss": _loss(run), "params": target.params, "tokens": target.tokens,
@@ -177,7 +178,7 @@ def _surface(runs: dict[tuple[Point, int], dict[str, Any]], grid: dict[Point, fl
         if point in grid and seed in target.setting.grid_seeds and run["loss"] is not None
     ]  # fmt: skip
     [optimum], _ = find_optima(pd.DataFrame(rows), draws=2)
-    return optimum if optimum.curvature is not None else None
+    return optimum if optimum.curvature is not None and not optimum.edges else None
 
 
 def _loss(run: dict[str, Any]) -> float:
@@ -297,28 +298,43 @@ def plot(made: dict[str, Any]) -> Figure:
 
 
 def _panel(figure: Figure, axes: Any, name: str, of: dict[str, Any]) -> None:
+    """One parent's grid in steps of two; a preset beyond the picture is marked on its rim."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.patches import Rectangle
+
     best = of["grid_best"]["loss"]
-    points = [point for point in of["grid"] if not isinstance(point["loss"], str)]
-    shown = axes.scatter(
-        [p["batch_tokens"] for p in points], [p["learning_rate"] for p in points],
-        c=[min(100 * (p["loss"] / best - 1), 10) for p in points], s=700, marker="s", cmap="viridis_r", vmin=0, vmax=10,
-    )  # fmt: skip
-    for p in points:
-        axes.annotate(f"{100 * (p['loss'] / best - 1):.1f}", (p["batch_tokens"], p["learning_rate"]), ha="center",
-                      va="center", fontsize=8, color="white" if p["loss"] / best > 1.04 else "black")  # fmt: skip
-    figure.colorbar(shown, ax=axes, label="loss over the grid's best, % (10 and above alike)")
-    marks = {"recommended": ("*", "red", of.get("recommended")), "grid's quadratic": ("+", "black", of.get("surface"))}
-    for label, (marker, colour, at) in marks.items():
-        if at is not None:
-            axes.plot(at["batch_tokens"], at["learning_rate"], marker, color=colour, markersize=14, label=label)
+    colours = ScalarMappable(Normalize(0, SHOWN), "viridis_r")
+    at = [_log2(point) for point in [*of["grid"], *([of["recommended"]] if "recommended" in of else [])]]
+    low, high = np.min(at, axis=0) - 1.2, np.max(at, axis=0) + 1.2
+    for point in of["grid"]:
+        x, y = _log2(point)
+        away = SHOWN if isinstance(point["loss"], str) else 100 * (point["loss"] / best - 1)
+        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, color=colours.to_rgba(away)))
+        words = "div." if isinstance(point["loss"], str) else f"{away:.1f}"
+        shade = "white" if away > 0.4 * SHOWN else "black"
+        axes.annotate(words, (x, y - 0.32), ha="center", va="center", fontsize=8, color=shade)
+    figure.colorbar(colours, ax=axes, label=f"loss over the grid's best, % ({SHOWN} and above alike)")
+    for label, marker, point in (
+        ("recommended", "*", of.get("recommended")),
+        ("quadratic's minimum", "P", of.get("surface")),
+    ):
+        if point is not None:
+            axes.plot(*_log2(point), marker, color="red" if marker == "*" else "black", markersize=15, label=label)
+    axes.plot([], [], "o", color="tab:orange", mec="black", label="presets (on the rim: beyond it)")
     for preset, said in of["presets"].items():
         if "refused" not in said:
-            axes.plot(said["batch_tokens"], said["learning_rate"], "o", color="tab:orange", markersize=6, mec="black")
-            axes.annotate(preset, (said["batch_tokens"], said["learning_rate"]), xytext=(6, 6),
-                          textcoords="offset points", fontsize=8, color="tab:orange")  # fmt: skip
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
-    axes.set_xlabel("batch, tokens")
-    axes.set_ylabel("peak learning rate")
-    axes.set_title(f"target continued from {name!r} (loss before {of['loss_before']:.2f})")
+            x, y = np.clip(_log2(said), low + 0.1, high - 0.1)
+            axes.plot(x, y, "o", color="tab:orange", markersize=7, mec="black")
+            side = -1 if x > high[0] - 1 else 1
+            axes.annotate(preset, (x, y), xytext=(7 * side, 5), textcoords="offset points", fontsize=9, color="tab:orange",
+                          ha="left" if side > 0 else "right", weight="bold")  # fmt: skip
+    axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), xlabel="batch, tokens", ylabel="peak learning rate")
+    axes.set_xticks(ticks := range(math.ceil(low[0]), math.floor(high[0]) + 1), [f"{2**k:,}" for k in ticks])
+    axes.set_yticks(ticks := range(math.ceil(low[1]), math.floor(high[1]) + 1), [f"{2.0**k:.2g}" for k in ticks])
+    axes.set_title(f"target continued from the parent {name!r}, loss {of['loss_before']:.2f} before", fontsize=10)
     axes.legend(loc="upper left", fontsize=8)
+
+
+def _log2(said: dict[str, Any]) -> tuple[float, float]:
+    return math.log2(said["batch_tokens"]), math.log2(said["learning_rate"])

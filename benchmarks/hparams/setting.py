@@ -64,12 +64,12 @@ SETTINGS = {
          "refinements": 1, "min_steps": 20},
         side=3, grid_seeds=(0,), fresh_seeds=(1, 2), extensions=1, eval_tokens=2**14,
     ),
-    # Short sequences, since the best batch of the smallest proxies is a hundred tokens. Four layers, so that proxies have two
-    # at least. Two paths of tokens per parameter from the same runs: one path would not tell what more tokens do.
+    # Very short sequences, since the best batch of the smallest proxies is some sixty tokens. Four layers, so that proxies have
+    # two. Two paths of tokens per parameter from the same runs, six budgets: one path would not tell what more tokens do.
     "full": Setting(
-        sizes(64, 168, 4, 8), 512, 64, 3.0, {"stories": 4.0, "both": 8.0},
-        {"proxies": (0.072, 0.1, 0.135, 0.195), "tokens_per_parameter": (2.5, 5), "learning_rates": 4, "batch_sizes": 3,
-         "refinements": 2, "min_steps": 20, "learning_rate": 2.0**-7, "batch_tokens": 128},
+        sizes(64, 168, 4, 8), 512, 32, 3.0, {"stories": 4.0, "both": 8.0},
+        {"proxies": (0.072, 0.122, 0.195), "tokens_per_parameter": (3.5, 7), "learning_rates": 4, "batch_sizes": 3,
+         "refinements": 2, "min_steps": 20, "learning_rate": 2.0**-8, "batch_tokens": 64},
         eval_tokens=2**14,
     ),
 }  # fmt: skip

@@ -142,7 +142,7 @@ class Study:
         seeds = self.setting.grid_seeds
         presets = preset_points(self.target, parent_file(self.folder, name))
         given = sorted({point for point in presets.values() if isinstance(point, Point)})
-        grid = self.grid(name, [(point, seed) for point in given for seed in seeds])
+        grid = self.grid(name, [(point, seeds[0]) for point in given])
         best = best_point(grid)
         if best is None:
             raise WarmstartError(f"Every run of the grid from the parent {name!r} diverged.")
