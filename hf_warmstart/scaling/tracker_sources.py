@@ -135,7 +135,8 @@ def from_event_files(folder: Path) -> pd.DataFrame:
     for run in sorted({file.parent for file in folder.rglob(EVENTS)}):
         read = events.EventAccumulator(str(run), size_guidance={events.SCALARS: 0, events.TENSORS: 0})
         read.Reload()
-        rows.append({"name": str(run.relative_to(folder)), **dict(_entries(read))})
+        if entries := dict(_entries(read)):  # a writer that was opened leaves a file, with or without anything in it
+            rows.append({"name": str(run.relative_to(folder)), **entries})
     return pd.DataFrame(rows)
 
 
@@ -155,8 +156,11 @@ def _entries(read: Any) -> Iterator[tuple[str, Any]]:
     if config:
         said.setdefault("params", _params_of(config))
     for tag in TOKEN_TAGS:
-        if tag in curves and not {"batch_tokens", "batch_size"} & set(said):
-            said["batch_tokens"] = curves[tag][-1].value / max(1, curves[tag][-1].step)
+        if tag in curves:
+            last = curves[tag][-1]
+            said.setdefault("tokens", said.pop(tag))
+            if not {"batch_tokens", "batch_size"} & set(said):
+                said["batch_tokens"] = last.value / max(1, last.step)
     yield from said.items()
 
 
