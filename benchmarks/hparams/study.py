@@ -154,9 +154,11 @@ class Study:
         """What the laws say of a parent's continued training; kept beside the parent."""
         file = parent_file(self.folder, name).with_name("recommended.json")
         if not file.exists():
+            parent = json.loads(parent_file(self.folder, name).read_text())
+            # The tokens seen count where the loss lies below what the laws reach, and nowhere else.
             found = predictor.recommend(
                 params=self.target.params, tokens=self.target.tokens, sequence_length=self.setting.length,
-                eval_loss=json.loads(parent_file(self.folder, name).read_text())["loss"],
+                eval_loss=parent["loss"], tokens_seen=parent["tokens"],
                 eval_fingerprint=self.plan.fingerprint, config=self.target.config, per_device_train_batch_size=1,
             )  # fmt: skip
             said = {"learning_rate": found.learning_rate, "batch_sequences": found.batch_sequences}
