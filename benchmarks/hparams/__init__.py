@@ -8,8 +8,8 @@
 1. A tokenizer is trained on both texts. 2. `run_sweep` trains proxies from scratch on the text that the target is to be
 trained on. 3. Two parents of the target's size are trained: one on the other text alone, one on both. 4. Each parent's
 held-out loss goes through the fitted laws to settings for its continued training. 5. The target is trained with these
-settings, with the settings of every built-in preset, and over a grid of factors of two, to which neighbours are added where
-its best point lies on an edge.
+settings, with those after a probe, with the settings of every built-in preset, and over a grid of factors of two, to which
+neighbours are added where its best point lies on an edge.
 
 Nothing but the recommended settings depends on the laws: parents are trained, and grids are centred, where DeepSeek's laws
 would have it. So sweep, parents and grids run beside one another, and the narrow rounds of the sweep leave no process idle.

@@ -16,11 +16,12 @@ from transformers.utils import logging
 from hf_warmstart.scaling.sweeps.design import Point
 from hf_warmstart.scaling.sweeps.folder import write_atomically
 from hf_warmstart.scaling.sweeps.plan import SweepPlan
+from hf_warmstart.scaling.sweeps.proxies import Proxy
 from hf_warmstart.scaling.sweeps.runner import RunJob, train_job
 from hf_warmstart.scaling.sweeps.text import Blocks
-from hf_warmstart.scaling.sweeps.training import Reference, held_out_loss, train
+from hf_warmstart.scaling.sweeps.training import Outcome, Reference, held_out_loss, train
 
-from .setting import Target
+from .setting import PROBE, Target
 
 logging.disable_progress_bar()
 
@@ -49,6 +50,14 @@ class ParentJob:
 
 
 @dataclass(frozen=True)
+class ProbeJob:
+    """Train the target from a parent for a short while."""
+
+    parent: str
+    point: Point
+
+
+@dataclass(frozen=True)
 class TargetJob:
     """Train the target from a parent."""
 
@@ -57,18 +66,25 @@ class TargetJob:
     seed: int
 
 
-def work(shared: Shared, job: RunJob | ParentJob | TargetJob) -> Any:
+def work(shared: Shared, job: RunJob | ParentJob | ProbeJob | TargetJob) -> Any:
     """Do a job; what a run of the sweep came to, the others leave files."""
     if isinstance(job, RunJob):
         return train_job((shared.plan, shared.device), job)
     if isinstance(job, ParentJob):
         return _train_parent(shared, job)
+    if isinstance(job, ProbeJob):
+        return _train_probe(shared, job)
     return _train_target(shared, job)
 
 
 def parent_file(folder: Path, name: str) -> Path:
     """There once the parent is whole: its loss and how it was trained."""
     return folder / f"parent-{name}" / "loss.json"
+
+
+def probe_file(folder: Path, name: str) -> Path:
+    """There once the probe of a parent is over."""
+    return parent_file(folder, name).with_name("probe.json")
 
 
 def target_file(folder: Path, job: TargetJob) -> Path:
@@ -94,18 +110,32 @@ def _train_parent(shared: Shared, job: ParentJob) -> None:
     train(LlamaForCausalLM, run, point, 0, texts, asked, Reference(), device, take=keep)
 
 
+def _train_probe(shared: Shared, job: ProbeJob) -> None:
+    outcome, run = _continued(shared, job.parent, job.point, 0, PROBE * shared.target.setting.tokens_per_parameter)
+    said = {"learning_rate": job.point.learning_rate, "batch_sequences": job.point.batch_sequences}
+    said |= {"tokens": run.tokens[0], "loss": outcome.loss, "seconds": round(outcome.seconds, 3)}
+    write_atomically(probe_file(shared.folder, job.parent), json.dumps(said))
+
+
 def _train_target(shared: Shared, job: TargetJob) -> None:
-    setting, texts = shared.target.setting, (shared.plan.train, shared.plan.evaluation)
-    run = shared.target.run_of(setting.tokens_per_parameter)
-    [outcome] = train(
-        LlamaForCausalLM, run, job.point, job.seed, texts, setting.shared, Reference(), torch.device(shared.device),
-        weights=_weights(parent_file(shared.folder, job.parent).parent),
-    )  # fmt: skip
+    outcome, _ = _continued(shared, job.parent, job.point, job.seed, shared.target.setting.tokens_per_parameter)
     file = target_file(shared.folder, job)
     file.parent.mkdir(parents=True, exist_ok=True)
     said = {"learning_rate": job.point.learning_rate, "batch_sequences": job.point.batch_sequences, "seed": job.seed}
     said |= {"status": outcome.status, "loss": outcome.loss, "seconds": round(outcome.seconds, 3)}
     write_atomically(file, json.dumps(said))
+
+
+def _continued(
+    shared: Shared, parent: str, point: Point, seed: int, tokens_per_parameter: float
+) -> tuple[Outcome, Proxy]:
+    """A run of the target from a parent: what came of it, and its length."""
+    run = shared.target.run_of(tokens_per_parameter)
+    [outcome] = train(
+        LlamaForCausalLM, run, point, seed, (shared.plan.train, shared.plan.evaluation), shared.target.setting.shared,
+        Reference(), torch.device(shared.device), weights=_weights(parent_file(shared.folder, parent).parent),
+    )  # fmt: skip
+    return outcome, run
 
 
 @lru_cache(maxsize=2)

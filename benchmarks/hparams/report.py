@@ -19,7 +19,7 @@ from hf_warmstart.scaling.sweeps.cost import FORWARD_SHARE, GRID_POINTS, GRID_SE
 from hf_warmstart.scaling.sweeps.design import Point, best_point, on_edge
 
 from .jobs import parent_file
-from .setting import Setting, Target
+from .setting import PROBE, Setting, Target
 from .study import LAWS_NAME, SETTING_NAME, preset_points
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 CONFIDENCE = 0.95
 SHOWN = 10  # % of the loss that the picture's colours tell apart
+# What is compared with the grid, by the name of its file.
+KINDS = {"recommended": "recommended", "probed": "recommended after a probe"}
 MARKERS = "<!-- figures: made by benchmarks.hparams -->", "<!-- figures: end -->"
 
 
@@ -57,9 +59,11 @@ def report(folder: Path, setting: Setting) -> dict[str, Any]:
         made |= laws | {"search": _search(folder, target, laws["sweep"]["spent_flops"], parents)}
     else:
         missing.append("sweep")
-    pairs = [pair for of in parents.values() for pair in of.get("pairs", [])]
-    if len(pairs) == len(setting.parents) * len(setting.fresh_seeds):
-        made["regret"] = interval(pairs)
+    made["regret"] = {}
+    for kind in KINDS:
+        pairs = [pair for of in parents.values() for pair in of.get(kind, {}).get("pairs", [])]
+        if len(pairs) == len(setting.parents) * len(setting.fresh_seeds):
+            made["regret"][kind] = interval(pairs)
     return made | {"missing": missing}
 
 
@@ -91,23 +95,12 @@ def of_parent(folder: Path, target: Target, name: str) -> dict[str, Any]:
         found["surface"] = {
             "learning_rate": surface.learning_rate, "batch_tokens": surface.batch_tokens, "loss": surface.loss
         }  # fmt: skip
-    file = parent_file(folder, name).with_name("recommended.json")
-    if file.is_file():
-        ours = json.loads(file.read_text())
-        point = Point(ours["learning_rate"], ours["batch_sequences"])
-        found["recommended"] = _said(point, means.get(point, math.nan), target) | {
-            k: ours[k] for k in ("equivalent_compute", "total_compute", "intervals", "warnings")
-        }
-        if surface is not None:
-            at = surface.loss_at(point.learning_rate, point.batch_sequences * setting.length)
-            found["recommended"]["surface_regret"] = at / surface.loss - 1
-        fresh = [(runs.get((point, s)), runs.get((best, s))) for s in setting.fresh_seeds]
-        if all(a and b for a, b in fresh):
-            found["pairs"] = [_loss(a) / _loss(b) - 1 for a, b in fresh]  # type: ignore[arg-type]
-            found["regret"] = interval(found["pairs"])
-            found["fresh"] = [float(np.mean([_loss(pair[k]) for pair in fresh])) for k in (0, 1)]  # type: ignore[arg-type]
-    if "pairs" not in found:
-        missing.append(f"comparison on fresh seeds of {name}")
+    for kind in KINDS:
+        file = parent_file(folder, name).with_name(f"{kind}.json")
+        if file.is_file():
+            found[kind] = _compared(json.loads(file.read_text()), runs, best, means, surface, target)
+        if "pairs" not in found.get(kind, {}):
+            missing.append(f"comparison on fresh seeds of {name} ({kind})")
     found["presets"], first = {}, setting.grid_seeds[0]
     for preset, point in preset_points(target, parent_file(folder, name)).items():
         if not isinstance(point, Point):
@@ -119,6 +112,27 @@ def of_parent(folder: Path, target: Target, name: str) -> dict[str, Any]:
         else:
             missing.append(f"{preset} of {name}")
     return found | {"missing": missing}
+
+
+def _compared(
+    ours: dict[str, Any],
+    runs: dict[tuple[Point, int], dict[str, Any]],
+    best: Point,
+    means: dict[Point, float],
+    surface: Any,
+    target: Target,
+) -> dict[str, Any]:
+    """What the laws said, and its regret: in pairs on fresh seeds, and by the quadratic through the grid."""
+    setting, point = target.setting, Point(ours["learning_rate"], ours["batch_sequences"])
+    found = ours | _said(point, means.get(point, math.nan), target)
+    if surface is not None:
+        at = surface.loss_at(point.learning_rate, point.batch_sequences * setting.length)
+        found["surface_regret"] = at / surface.loss - 1
+    fresh = [(runs.get((point, seed)), runs.get((best, seed))) for seed in setting.fresh_seeds]
+    if all(a and b for a, b in fresh):
+        found["pairs"] = [_loss(a) / _loss(b) - 1 for a, b in fresh]  # type: ignore[arg-type]
+        found["regret"] = interval(found["pairs"])
+    return found
 
 
 def target_runs(folder: Path, name: str) -> dict[tuple[Point, int], dict[str, Any]]:
@@ -163,6 +177,7 @@ def _search(folder: Path, target: Target, sweep_flops: float, parents: dict[str,
         "grid_flops": grid_flops,
         "share": (sweep_flops + eval_flops) / grid_flops,
         "share_of_several_targets": (sweep_flops / len(setting.parents) + eval_flops) / grid_flops,
+        "probe_share": (PROBE * target.tokens * target.flops_per_token + eval_flops) / grid_flops,
         "sweep_seconds": spent,
         "share_of_seconds": spent / (GRID_POINTS * GRID_SEEDS * float(np.mean(seconds))) if seconds else None,
     }
@@ -208,20 +223,25 @@ def _said(point: Point, loss: float, target: Target) -> dict[str, Any]:
 def as_table(made: dict[str, Any], setting: str) -> str:
     """The report in Markdown."""
     lines = []
-    if "regret" in made and "search" in made:
-        regret, search, targets = made["regret"], made["search"], len(made["parents"])
+    if made["regret"] and "search" in made:
+        search, targets = made["search"], len(made["parents"])
         lines += [
             f"Setting `{setting}`: a target of {made['target']['params']:,} parameters, {made['target']['tokens']:,} tokens "
             f"of continued training.",
             "",
             "| | value | 95 % interval |",
             "|---|--:|--:|",
-            f"| loss regret, {regret['seeds']} pairs of runs with fresh seeds | {_percent(regret['mean'])} | "
-            f"{_percent(regret['low'])} to {_percent(regret['high'])} |",
+            *(
+                f"| loss regret, {label}: {found['seeds']} pairs of runs with fresh seeds | {_percent(found['mean'])} "
+                f"| {_percent(found['low'])} to {_percent(found['high'])} |"
+                for kind, label in KINDS.items()
+                if (found := made["regret"].get(kind))
+            ),
             f"| search compute, of {GRID_POINTS} points and {GRID_SEEDS} seeds on the target "
             f"| {search['share']:.1%} | counted |",
             f"| the same for each of the {targets} targets that the sweep served | {search['share_of_several_targets']:.1%} "
             "| counted |",
+            f"| a probe of one parent, besides | {search['probe_share']:.1%} | counted |",
         ]
         if search["share_of_seconds"] is not None:
             lines.append(
@@ -248,13 +268,14 @@ def _rows(of: dict[str, Any]) -> list[list[str]]:
         rows.append(["grid's median", "", "", "", _percent(of["grid_median_regret"])])
     if surface := of.get("surface"):
         rows.append(["minimum of the quadratic through the grid", *_cells(surface), ""])
-    if ours := of.get("recommended"):
-        regret, words = of.get("regret"), "-"
-        if regret:
-            words = f"{_percent(regret['mean'])} ({_percent(regret['low'])} to {_percent(regret['high'])})"
-        rows.append(["**recommended**", *_cells(ours), words])
-        if "surface_regret" in ours:
-            rows.append(["the same, by the quadratic", "", "", "", _percent(ours["surface_regret"])])
+    for kind, label in KINDS.items():
+        if ours := of.get(kind):
+            regret, words = ours.get("regret"), "-"
+            if regret:
+                words = f"{_percent(regret['mean'])} ({_percent(regret['low'])} to {_percent(regret['high'])})"
+            rows.append([f"**{label}**", *_cells(ours), words])
+            if "surface_regret" in ours:
+                rows.append(["the same, by the quadratic", "", "", "", _percent(ours["surface_regret"])])
     for preset, said in of.get("presets", {}).items():
         if "refused" not in said:
             rows.append([f"`{preset}`", *_cells(said), _percent(said["regret"])])
@@ -305,7 +326,7 @@ def _panel(figure: Figure, axes: Any, name: str, of: dict[str, Any]) -> None:
 
     best = of["grid_best"]["loss"]
     colours = ScalarMappable(Normalize(0, SHOWN), "viridis_r")
-    at = [_log2(point) for point in [*of["grid"], *([of["recommended"]] if "recommended" in of else [])]]
+    at = [_log2(point) for point in [*of["grid"], *(of[kind] for kind in KINDS if kind in of)]]
     low, high = np.min(at, axis=0) - 1.2, np.max(at, axis=0) + 1.2
     for point in of["grid"]:
         x, y = _log2(point)
@@ -315,12 +336,11 @@ def _panel(figure: Figure, axes: Any, name: str, of: dict[str, Any]) -> None:
         shade = "white" if away > 0.4 * SHOWN else "black"
         axes.annotate(words, (x, y - 0.32), ha="center", va="center", fontsize=8, color=shade)
     figure.colorbar(colours, ax=axes, label=f"loss over the grid's best, % ({SHOWN} and above alike)")
-    for label, marker, point in (
-        ("recommended", "*", of.get("recommended")),
-        ("quadratic's minimum", "P", of.get("surface")),
-    ):
-        if point is not None:
-            axes.plot(*_log2(point), marker, color="red" if marker == "*" else "black", markersize=15, label=label)
+    marks = {"recommended": ("*", "red"), "probed": ("X", "blue"), "surface": ("P", "black")}
+    for kind, (marker, colour) in marks.items():
+        if (point := of.get(kind)) is not None:
+            label = KINDS.get(kind, "quadratic's minimum")
+            axes.plot(*_log2(point), marker, color=colour, markersize=13, mec="white", label=label)
     axes.plot([], [], "o", color="tab:orange", mec="black", label="presets (on the rim: beyond it)")
     for preset, said in of["presets"].items():
         if "refused" not in said:

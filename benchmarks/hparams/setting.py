@@ -13,6 +13,8 @@ from hf_warmstart.scaling.sweeps import SweepConfig
 from hf_warmstart.scaling.sweeps.design import Point, first_centre
 from hf_warmstart.scaling.sweeps.proxies import Proxy
 
+PROBE = 0.15  # of the continued training: the short run that tells what a parent knows
+
 
 @dataclass(frozen=True)
 class Setting:

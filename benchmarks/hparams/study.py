@@ -21,8 +21,8 @@ from hf_warmstart.scaling.sweeps.folder import write_atomically
 from hf_warmstart.scaling.sweeps.pool import OutOfTimeError, WorkerPool
 from hf_warmstart.scaling.sweeps.text import Blocks, read_blocks
 
-from .jobs import ParentJob, Shared, TargetJob, parent_file, target_file, work
-from .setting import Setting, Target
+from .jobs import ParentJob, ProbeJob, Shared, TargetJob, parent_file, probe_file, target_file, work
+from .setting import PROBE, Setting, Target
 
 FIRST, LATER = 0, 1  # priorities: what others wait for, and what nobody does
 SETTING_NAME, LAWS_NAME = "setting.json", "laws.json"
@@ -146,20 +146,37 @@ class Study:
         best = best_point(grid)
         if best is None:
             raise WarmstartError(f"Every run of the grid from the parent {name!r} diverged.")
-        ours = self.recommended(name, laws.result())
-        fresh = [(point, seed) for seed in self.setting.fresh_seeds for point in (best, ours)]
-        self.losses(name, fresh + [(ours, seed) for seed in seeds], FIRST)
+        predictor = laws.result()
+        points = [best, self.recommended(name, predictor), self.probed(name, predictor)]
+        fresh = [(point, seed) for seed in self.setting.fresh_seeds for point in points]
+        self.losses(name, [*fresh, *((point, seed) for point in points[1:] for seed in seeds)], FIRST)
 
     def recommended(self, name: str, predictor: HparamPredictor) -> Point:
-        """What the laws say of a parent's continued training; kept beside the parent."""
-        file = parent_file(self.folder, name).with_name("recommended.json")
+        """What the laws say of a parent's continued training by its loss; kept beside the parent."""
+        return self._recommended(name, "recommended", predictor, self.target.tokens, {})
+
+    def probed(self, name: str, predictor: HparamPredictor) -> Point:
+        """What they say when a short run from the parent tells what it knows."""
+        if not probe_file(self.folder, name).exists():
+            tokens = self.target.run_of(PROBE * self.setting.tokens_per_parameter).tokens[0]
+            point = self._recommended(name, "probe-settings", predictor, tokens, {})
+            self.pool.run([ProbeJob(name, point)], priority=FIRST)
+        probe = json.loads(probe_file(self.folder, name).read_text())
+        said = {} if probe["loss"] is None else {"probe_loss": probe["loss"], "probe_tokens": probe["tokens"]}
+        return self._recommended(name, "probed", predictor, self.target.tokens, said)
+
+    def _recommended(
+        self, name: str, kept: str, predictor: HparamPredictor, tokens: int, probe: dict[str, float]
+    ) -> Point:
+        """Settings for a run from a parent; made once, in a file beside the parent."""
+        file = parent_file(self.folder, name).with_name(f"{kept}.json")
         if not file.exists():
             parent = json.loads(parent_file(self.folder, name).read_text())
             # The tokens seen count where the loss lies below what the laws reach, and nowhere else.
             found = predictor.recommend(
-                params=self.target.params, tokens=self.target.tokens, sequence_length=self.setting.length,
+                params=self.target.params, tokens=tokens, sequence_length=self.setting.length,
                 eval_loss=parent["loss"], tokens_seen=parent["tokens"],
-                eval_fingerprint=self.plan.fingerprint, config=self.target.config, per_device_train_batch_size=1,
+                eval_fingerprint=self.plan.fingerprint, config=self.target.config, per_device_train_batch_size=1, **probe,
             )  # fmt: skip
             said = {"learning_rate": found.learning_rate, "batch_sequences": found.batch_sequences}
             said |= {"equivalent_compute": found.equivalent_compute, "total_compute": found.total_compute}

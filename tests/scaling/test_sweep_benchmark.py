@@ -9,7 +9,7 @@ import random
 import pytest
 
 from benchmarks.hparams.jobs import TargetJob, parent_file, target_file
-from benchmarks.hparams.report import MARKERS, as_table, interval, plot, report, write_document
+from benchmarks.hparams.report import KINDS, MARKERS, as_table, interval, plot, report, write_document
 from benchmarks.hparams.setting import SETTINGS, Setting, Target
 from benchmarks.hparams.study import LAWS_NAME, SETTING_NAME, Study, grid_points, preset_points
 from hf_warmstart import WarmstartError
@@ -65,7 +65,8 @@ def planted(tmp_path):
         parent_file(tmp_path, name).write_text(json.dumps({"loss": 3.0, "tokens": 5000}))
         said = {"learning_rate": OURS.learning_rate, "batch_sequences": OURS.batch_sequences}
         said |= {"equivalent_compute": 1e9, "total_compute": 2e9, "intervals": {}, "warnings": []}
-        parent_file(tmp_path, name).with_name("recommended.json").write_text(json.dumps(said))
+        for kind in KINDS:
+            parent_file(tmp_path, name).with_name(f"{kind}.json").write_text(json.dumps(said))
         (tmp_path / f"target-{name}").mkdir()
         presets = [p for p in preset_points(target, parent_file(tmp_path, name)).values() if isinstance(p, Point)]
         points = [*grid_points(Point(2.0**-8, 4), 3), OURS, *presets]
@@ -84,9 +85,12 @@ def planted(tmp_path):
 def test_the_report_says_regret_and_search_compute_of_what_is_there(planted):
     folder, setting, target = planted
     made = report(folder, setting)
-    assert made["missing"] == [] and made["regret"]["seeds"] == 4
+    assert made["missing"] == [] and made["regret"].keys() == KINDS.keys()
     wanted = bowl(OURS, 0) / 2 - 1
-    assert made["regret"]["mean"] == pytest.approx(wanted) and made["regret"]["high"] == pytest.approx(wanted)
+    for found in made["regret"].values():
+        assert (
+            found["mean"] == pytest.approx(wanted) and found["high"] == pytest.approx(wanted) and found["seeds"] == 4
+        )
     for of in made["parents"].values():
         assert of["grid_best"]["learning_rate"] == 2.0**-8 and of["grid_best"]["batch_tokens"] == 4 * setting.length
         assert of["grid_best"]["points"] == 9 and of["grid_best"]["edge"] == []
@@ -111,7 +115,7 @@ def test_what_is_missing_is_named_and_the_rest_is_said(planted):
     next((folder / "target-both").glob(f"b3-lr{OURS.learning_rate:.6g}-s2.json")).unlink()
     made = report(folder, setting)
     assert "grid of stories (8 of 9 points)" in made["missing"] and "sweep" in made["missing"]
-    assert "comparison on fresh seeds of both" in made["missing"] and "regret" not in made
+    assert "comparison on fresh seeds of both (recommended)" in made["missing"] and made["regret"] == {}
     words = as_table(made, "tiny")
     assert "Not there yet" in words and "| both | grid's best of 9 |" in words
 
@@ -145,8 +149,9 @@ def test_the_benchmark_goes_from_texts_to_a_report_and_goes_on(tmp_path, monkeyp
     made = report(folder, tiny())
     assert made["missing"] == []
     for of in made["parents"].values():
-        assert of["grid_best"]["points"] >= 9 and of["regret"]["seeds"] == 2
-        assert of["regret"]["mean"] > -0.5 and of["presets"]
+        assert of["grid_best"]["points"] >= 9 and of["presets"]
+        for kind in KINDS:
+            assert of[kind]["regret"]["seeds"] == 2 and of[kind]["regret"]["mean"] > -0.5
     monkeypatch.setattr("benchmarks.hparams.jobs.train", None)
     monkeypatch.setattr("hf_warmstart.scaling.sweeps.runner.train", None)
     Study(tiny(), texts, folder).run()
