@@ -168,8 +168,9 @@ def test_event_files_give_settings_from_text_and_hparams_and_the_rest_from_curve
     assert by_hparams[list(COLUMNS)].to_dict("records") == wanted
 
 
-@pytest.mark.parametrize("column", ["State", "Created"])
-def test_runs_of_one_name_in_a_table_of_runs_are_not_taken_for_a_history(column):
+@pytest.mark.parametrize(("column", "steps"), [("State", (100, 200, 300)), ("Created", (100, 100, 100))])
+def test_runs_of_one_name_in_a_table_of_runs_are_not_taken_for_a_history(column, steps):
     """wandb's runs table with Trainer's own columns: `run_name` and the last step are there too."""
-    rows = [{"Name": "mine", column: "finished", "train/global_step": 100, "run_name": "mine"} | run for run in ROWS]
+    named = {"Name": "mine", column: "finished", "run_name": "mine"}
+    rows = [named | {"train/global_step": step} | run for step, run in zip(steps, ROWS, strict=True)]
     assert found(pd.DataFrame(rows)) == WANTED
