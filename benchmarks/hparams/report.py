@@ -13,10 +13,10 @@ import pandas as pd
 
 from hf_warmstart import WarmstartError
 from hf_warmstart.cli.coverage import versions
-from hf_warmstart.scaling.compute import training_flops
-from hf_warmstart.scaling.optima import find_optima
+from hf_warmstart.scaling.fits.optima import find_optima
 from hf_warmstart.scaling.sweeps.cost import FORWARD_SHARE, GRID_POINTS, GRID_SEEDS
 from hf_warmstart.scaling.sweeps.design import Point, best_point, on_edge
+from hf_warmstart.scaling.tables.compute import training_flops
 
 from .jobs import parent_file
 from .setting import PROBE, Setting, Target

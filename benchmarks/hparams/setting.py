@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from hf_warmstart.scaling.compute import count_parameters, flops_per_token, training_flops
 from hf_warmstart.scaling.sweeps import SweepConfig
 from hf_warmstart.scaling.sweeps.design import Point, first_centre
 from hf_warmstart.scaling.sweeps.proxies import Proxy
+from hf_warmstart.scaling.tables.compute import count_parameters, flops_per_token, training_flops
 
 PROBE = 0.15  # of the continued training: the short run that tells what a parent knows
 

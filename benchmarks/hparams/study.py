@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from hf_warmstart import HparamPredictor, WarmstartError
-from hf_warmstart.scaling.presets import preset_data, preset_names
+from hf_warmstart.scaling.hparams.presets import preset_data, preset_names
 from hf_warmstart.scaling.sweeps import plan_sweep, train_sweep
 from hf_warmstart.scaling.sweeps.design import Limits, Point, best_point, further_points
 from hf_warmstart.scaling.sweeps.folder import write_atomically

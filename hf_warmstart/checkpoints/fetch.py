@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 
 from ..errors import CheckpointError, WarmstartError
-from .safetensors_layout import INDEX_NAME, SINGLE_NAME
+from .safetensors.layout import INDEX_NAME, SINGLE_NAME
 
 # Weights in other forms than safetensors, and what training left behind, are not fetched.
 NOT_FETCHED = [

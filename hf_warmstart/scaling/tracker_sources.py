@@ -192,7 +192,7 @@ def _text(read: Any, tag: str) -> Mapping[str, Any]:
 def _params_of(config: Mapping[str, Any]) -> int | None:
     from transformers import CONFIG_MAPPING
 
-    from .compute import count_parameters
+    from .tables.compute import count_parameters
 
     kind = config.get("model_type")
     if kind not in CONFIG_MAPPING:

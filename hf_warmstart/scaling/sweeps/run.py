@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import WarmstartError
-from ..compute import training_flops
+from ..tables.compute import training_flops
 from .config import SweepConfig
 from .design import best_point, on_edge
 from .folder import Row, check_folder

@@ -19,7 +19,7 @@ import torch
 
 from ...errors import WarmstartError
 from ...version import __version__
-from ..compute import training_flops
+from ..tables.compute import training_flops
 from .cost import run_flops, spent_flops
 from .design import Point, best_point, first_points, further_points, moved_centre
 from .folder import TABLE_NAME, Row, SweepFolder
