@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   hf-warmstart sweep my-org/my-model runs/sweep --train corpus.txt --eval held-out.txt \\
       --tokens 20B --sequence-length 2048 --dry-run
+  hf-warmstart sweep my-org/my-model runs/sweep --train corpus.txt --eval held-out.txt \\
+      --tokens 20B --sequence-length 2048 --workers 8
   accelerate launch --no-python hf-warmstart sweep my-org/my-model runs/sweep --train corpus.txt --eval held-out.txt \\
       --tokens 20B --sequence-length 2048 --set proxies=[20e6,40e6,80e6,160e6] --set bf16=true
 A sweep that was stopped goes on when the same command runs again.
@@ -51,6 +53,13 @@ def add_to(commands: Any) -> None:
         default=[],
         metavar="NAME=VALUE",
         help="a field of SweepConfig, such as budgets=5, tokens_per_parameter=[10,20] or stop_ratio=null",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes of one thread for the runs, in place of accelerate launch (default: this process alone)",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, print the cost, write and train nothing"
@@ -85,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
     if main and not options.json:
         console(stderr=True).print(str(plan), markup=False)
     with json_lines() if options.json else bar() as report:
-        made = train_sweep(plan, options.output, report)
+        made = train_sweep(plan, options.output, report, options.workers)
     if main and options.json:
         write_line({"event": "done", **made.to_dict()})
     elif main:

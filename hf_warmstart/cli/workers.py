@@ -15,7 +15,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # torch reads them when it is imported
+from ..processes import THREADS, end_with_parent
+
 Task = tuple[str, ...]
 
 
@@ -128,7 +129,7 @@ def _work(connection: Connection) -> None:
         stream.flush()
         os.dup2(null, stream.fileno())
     warnings.simplefilter("ignore")
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     function = connection.recv()
     connection.send(READY)
     while True:
@@ -137,11 +138,3 @@ def _work(connection: Connection) -> None:
         except EOFError:
             return
         connection.send(function(*task))
-
-
-def _end_with_parent() -> None:
-    """End this process when the one that started it is gone, however that came."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)

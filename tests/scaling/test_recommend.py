@@ -51,6 +51,36 @@ def test_a_worse_checkpoint_takes_a_higher_rate_and_a_smaller_batch(predictor):
     assert bad.learning_rate > good.learning_rate and bad.batch_tokens < good.batch_tokens
 
 
+def test_a_probe_counts_where_it_says_more_than_the_loss_before(predictor):
+    """A checkpoint of other text: worth nothing by its first loss, and much by the loss after a short run."""
+    spent = 6 * 1e8 * 1e8
+    before = {"eval_loss": LAWS.loss(1e15)}
+    blind = predictor.recommend(**RUN, **before)
+    found = predictor.recommend(**RUN, **before, probe_loss=LAWS.loss(5e18 + spent), probe_tokens=1e8)
+    assert found.equivalent_compute == pytest.approx(5e18, rel=1e-2) and "probe" in str(
+        found.sources["equivalent_compute"]
+    )
+    assert found.learning_rate < blind.learning_rate and found.batch_tokens > blind.batch_tokens
+    low, high = found.intervals["equivalent_compute"]
+    assert low <= found.equivalent_compute * 1.01 and high >= found.equivalent_compute * 0.99
+    useless = predictor.recommend(**RUN, eval_loss=LAWS.loss(5e18), probe_loss=LAWS.loss(1e18), probe_tokens=1e8)
+    assert useless.equivalent_compute == pytest.approx(5e18, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("law", "probe", "words"),
+    [
+        (None, {"eval_loss": 3.0, "probe_loss": 2.9}, "belong together"),
+        (None, {"eval_loss": 3.0, "probe_loss": -1.0, "probe_tokens": 0}, "above 0 and below 50; probe_tokens=0 must"),
+        (None, {"probe_loss": 2.9, "probe_tokens": 1e6}, "run from a checkpoint"),
+        ("deepseek", {"tokens_seen": 1e9, "probe_loss": 2.9, "probe_tokens": 1e6}, "no law of loss"),
+    ],
+)
+def test_probes_that_say_nothing_are_refused(predictor, law, probe, words):
+    with pytest.raises(WarmstartError, match=words):
+        (HparamPredictor.from_pretrained(law) if law else predictor).recommend(**RUN, **probe)
+
+
 def test_the_rate_follows_the_rounded_batch_along_the_ridge(predictor):
     free = predictor.recommend(**RUN)
     held = predictor.recommend(**RUN, world_size=8, per_device_train_batch_size=100)

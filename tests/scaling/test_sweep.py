@@ -214,7 +214,7 @@ def test_progress_ends_where_the_sweep_does(swept):
 
 def test_a_finished_sweep_is_read_not_trained_anew(swept, monkeypatch):
     sweep, folder, _ = swept
-    monkeypatch.setattr("hf_warmstart.scaling.sweeps.run.train", None)
+    monkeypatch.setattr("hf_warmstart.scaling.sweeps.runner.train", None)
     assert run_sweep(target(), **arguments(folder, refinements=1, per_device_batch=5)).runs == sweep.runs
 
 
@@ -306,6 +306,36 @@ def test_two_ranks_leave_the_table_of_one_process(swept, tmp_path):
     assert process.returncode == 0, words
     rows = [json.loads(line) for line in (tmp_path / "out" / "runs.jsonl").read_text().splitlines()]
     assert table(rows) == table(swept[0].runs)
+
+
+@pytest.mark.distributed
+def test_workers_leave_the_table_of_one_process_also_when_all_is_killed_between(swept, tmp_path):
+    job, folder = tmp_path / "job.py", tmp_path / "out"
+    job.write_text(JOB.replace("refinements=1)", "refinements=1), workers=2"))
+    process = start([sys.executable, str(job)], folder)
+    while len(list((folder / "finished").glob("*.jsonl"))) < 4:
+        assert process.poll() is None, process.stdout.read().decode()
+        time.sleep(0.005)
+    tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
+    workers = [pid for task in tasks for pid in task.read_text().split()]
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert len(list((folder / "finished").glob("*.jsonl"))) < len(swept[0].runs), "it had ended before it was killed"
+    assert len(workers) >= 2 and all(_ends(pid) for pid in workers), "workers end with their parent"
+    again = run_sweep(target(), workers=2, **arguments(folder, refinements=1))
+    assert table(again.runs) == table(swept[0].runs)
+
+
+def _ends(pid: str, seconds: float = 20) -> bool:
+    """Whether a process is gone, or waits for a parent to ask after it, before long."""
+    for _ in range(int(seconds * 20)):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.05)
+    return False
 
 
 # -- the command line -------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 `LossLaw` is `L = E + sum of A_i x_i^-a_i`, over compute C or over parameters N and tokens D:
 
-    L(C)    = E + A C^-gamma                    arXiv 2001.08361, 2404.06395 section 4
+    L(C)    = E + A C^-gamma                    arXiv 2001.08361 (E = 0), 2404.06395 section 4
     L(N, D) = E + A N^-alpha + B D^-beta        arXiv 2203.15556, section 3.3
 
 `PowerLaw` is `y = c * product of x_i^p_i`: a learning rate or a batch size over the same quantities. Both keep the draws of

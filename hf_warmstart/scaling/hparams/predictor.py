@@ -206,6 +206,10 @@ class HparamPredictor(
             eval_loss (`float`, *optional*): the loss instead, in nats per token. eval_fingerprint (`Fingerprint`,
                 *optional*): of
                 what it was measured on.
+            probe_loss, probe_tokens (`float`, *optional*): the loss after a short run from the checkpoint on the new text,
+                decayed at its end, and its tokens. What the law says of it, less the tokens, counts where it is more than
+                `eval_loss` says: a checkpoint of other text starts high and falls within a few steps, so that its first loss
+                tells of the text rather than of what it knows.
             tokens_seen (`float`, *optional*): by the checkpoint. annealed (`bool`, *optional*): whether its rate was decayed.
             world_size (`int`, defaults to 1): devices. per_device_train_batch_size (`int`, *optional*): sequences
                 that fit on one;

@@ -10,6 +10,12 @@ In the form of parameters and tokens, `C_pre` is that of the model's own size, a
 parameters and at the
 tokens that the sum would buy it, `D = C / (6 N)`. Every draw of the laws goes the whole way, so that intervals hold what is
 uncertain of all of them together.
+
+A checkpoint of other text starts at a high loss, which tells of the text rather than of what the checkpoint knows, and is at a
+much lower one within a few steps. A *probe*, a short run of D_p tokens that ends decayed at L_p, tells more. It is ours, not
+the paper's:
+
+    C_pre = max(C(L), C(L_p) - 6 N D_p)
 """
 
 from __future__ import annotations
@@ -56,6 +62,8 @@ def recommend(
     eval_loss: float | None = None,
     eval_fingerprint: Fingerprint | None = None,
     tokenizer: Any = None,
+    probe_loss: float | None = None,
+    probe_tokens: float | None = None,
     tokens_seen: float | None = None,
     annealed: bool | None = None,
     world_size: int = 1,
@@ -68,6 +76,7 @@ def recommend(
 ) -> HparamRecommendation:
     """See `HparamPredictor.recommend`."""
     _check(tokens, sequence_length, world_size, per_device_train_batch_size, batch_tokens, replay_share)
+    _check_probe(laws, probe_loss, probe_tokens)
     state = starting_state(
         sequence_length=sequence_length,
         accounting=laws.accounting,
@@ -86,6 +95,20 @@ def recommend(
     per_token = _flops_per_token(laws, state)
     loss = _loss_of_the_law(laws, state, trust_loss, warnings)
     equivalent, draws, source = _equivalent_compute(laws, state, loss, per_token, warnings, seed)
+    if probe_loss is not None and probe_tokens is not None:
+        if state.from_scratch:
+            raise WarmstartError(
+                "probe_loss is of a run from a checkpoint. Pass what the checkpoint is, or its eval_loss=."
+            )
+        spent = per_token * probe_tokens
+        try:
+            after, drawn = _inverted(laws, state, probe_loss, per_token, seed)
+        except WarmstartError as error:
+            after, drawn = 0.0, draws
+            warnings.append(f"The probe was left out: {error}")
+        if after - spent > equivalent:
+            equivalent, draws = after - spent, np.maximum(np.resize(draws, len(drawn)), drawn - spent)
+            source = f"inverse of the loss law after a probe of {probe_tokens:,.0f} tokens, less those"
     planned = per_token * tokens
     total = equivalent + planned
     drawn = np.minimum(draws, FAR * max(total, *laws.range.get("compute", (0.0,)))) + planned
@@ -186,6 +209,20 @@ def _check(tokens, sequence_length, world_size, per_device, batch_tokens, replay
         problems.append(f"tokens={tokens!r} is less than one sequence of {sequence_length}")
     if not 0 <= replay_share < 1:
         problems.append(f"replay_share={replay_share!r} must be 0 or more and below 1")
+    if problems:
+        raise WarmstartError("; ".join(problems) + ".")
+
+
+def _check_probe(laws: FittedLaws, loss: float | None, tokens: float | None) -> None:
+    problems = []
+    if (loss is None) != (tokens is None):
+        problems.append("probe_loss and probe_tokens belong together")
+    if loss is not None and not 0 < loss < 50:
+        problems.append(f"probe_loss={loss!r} must be a cross-entropy in nats per token, above 0 and below 50")
+    if tokens is not None and not 0 < tokens < math.inf:
+        problems.append(f"probe_tokens={tokens!r} must be positive")
+    if loss is not None and laws.is_preset:
+        problems.append(f"the preset {laws.name!r} has no law of loss to put probe_loss through")
     if problems:
         raise WarmstartError("; ".join(problems) + ".")
 

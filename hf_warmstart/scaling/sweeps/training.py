@@ -257,7 +257,10 @@ def new_optimizer(
         {"params": [p for n, p in model.named_parameters() if (n in decayed) == decays], "weight_decay": decay}
         for decays, decay in ((True, asked.weight_decay), (False, 0.0))
     ]
-    return kind(groups, lr=learning_rate, betas=(asked.adam_beta1, asked.adam_beta2), eps=asked.adam_epsilon)
+    # Of small models half of a step is else the optimizer's.
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    betas = asked.adam_beta1, asked.adam_beta2
+    return kind(groups, lr=learning_rate, betas=betas, eps=asked.adam_epsilon, fused=fused)
 
 
 def accumulate(model: PreTrainedModel, rows: Tensor, asked: SweepConfig) -> Tensor:

@@ -1,14 +1,14 @@
 """Where runs come from: tables in memory, files, exports of experiment trackers, and folders of Trainer runs.
 
 Every reader gives a `DataFrame` with one row per run, its columns named as the source has them; `runs.py` knows what they
-mean. What is read of the trackers is what they export, not their stores:
+mean.
 
 | source | read | not read |
 |---|---|---|
 | Trainer | folders with `trainer_state.json`, `config.json` beside it | `training_args.bin` (a pickle) |
-| wandb | the runs table as CSV, run histories as CSV, JSON lines or Parquet | its binary logs |
-| trackio | the metrics table as Parquet, CSV or JSON lines (a row per step) | its SQLite file |
-| TensorBoard | the HParams table as CSV or JSON | event files; the CSV of one curve, which holds no settings |
+| wandb | the runs table as CSV, or with `summary` and `config` as dicts; histories as CSV, JSON lines, Parquet | binary logs |
+| trackio | its SQLite file; the metrics as Parquet (configs beside it), CSV or JSON lines, a row per step | |
+| TensorBoard | folders of event files; the HParams table as CSV or JSON | the CSV of one curve, which holds no settings |
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import WarmstartError
+from ..tracker_sources import EVENTS, from_event_files, from_parquet, from_trackio, unnested
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,9 +29,13 @@ if TYPE_CHECKING:
 STATE_NAME = "trainer_state.json"
 CURVE_COLUMNS = {"wall_time", "step", "value"}
 # Names of the column that says which run a row of a history belongs to, and of the one that counts its steps.
-RUN_NAMES = ("run", "run_name", "run_id", "name", "id", "trial_id")
+RUN_NAMES = ("run_id", "run", "run_name", "name", "id", "trial_id")
 STEP_NAMES = ("step", "global_step", "train_global_step")
-KINDS = "a path to .csv, .tsv, .json, .jsonl, .parquet or a folder of Trainer runs, a DataFrame, a Dataset or a list of dicts"
+STATE = "state"  # the column of a tracker's table of runs
+KINDS = (
+    "a path to .csv, .tsv, .json, .jsonl, .parquet or trackio's .db, a folder of Trainer runs or of event files, a DataFrame, "
+    "a Dataset or a list of dicts"
+)
 
 
 def read_table(source: Any) -> pd.DataFrame:
@@ -55,6 +60,8 @@ def read_table(source: Any) -> pd.DataFrame:
         raise WarmstartError(f"{type(source).__name__} is no table of runs. Pass {KINDS}.")
     if table.empty:
         raise WarmstartError(f"The table of runs is empty. Pass {KINDS}, with one row for each run.")
+    if {"summary", "config"} <= set(table.columns):
+        return unnested(table)  # a row per run already
     return _last_of_histories(table)
 
 
@@ -76,13 +83,16 @@ def _from_path(path: Path) -> pd.DataFrame:
         ".tsv": lambda p: pd.read_csv(p, sep="\t"),
         ".json": lambda p: pd.DataFrame(_rows_of_json(p)),
         ".jsonl": lambda p: pd.DataFrame([json.loads(line) for line in p.read_text().splitlines() if line.strip()]),
-        ".parquet": pd.read_parquet,
+        ".parquet": from_parquet,
+        ".db": from_trackio,
     }
     readers[".ndjson"] = readers[".jsonl"]
     if path.suffix.lower() not in readers:
         raise WarmstartError(f"{path.name} is of no known kind. Pass {KINDS}.")
     try:
         return readers[path.suffix.lower()](path)
+    except WarmstartError:
+        raise
     except (ValueError, OSError, TypeError) as error:  # pandas and pyarrow raise subclasses of these
         words = " ".join(str(error).split())
         raise WarmstartError(f"{path.name} cannot be read as {path.suffix[1:]}: {words}") from error
@@ -116,6 +126,8 @@ def _last_of_histories(table: pd.DataFrame) -> pd.DataFrame:
     step = next((names[name] for name in STEP_NAMES if name in names), None)
     if run is None or step is None or not table[run].duplicated().any():
         return table
+    if STATE in names or table[[run, step]].duplicated().any():
+        return table  # of runs that bear one name: a run has one state, and logs a step once
     rows = []
     for _, history in table.sort_values(step, kind="stable").groupby(run, sort=False):
         row = {column: _last(history[column]) for column in table.columns}
@@ -142,8 +154,10 @@ def _from_folder(folder: Path) -> pd.DataFrame:
         # A state that was saved beside the checkpoints is the end of training.
         rank = int(number[1]) if number else 2**62
         states[run] = max(states.get(run, (-1, path)), (rank, path))
+    if not states and next(folder.rglob(EVENTS), None) is not None:
+        return from_event_files(folder)
     if not states:
-        raise WarmstartError(f"No {STATE_NAME} lies below {folder.name!r}. Pass {KINDS}.")
+        raise WarmstartError(f"No {STATE_NAME} and no event file lies below {folder.name!r}. Pass {KINDS}.")
     return pd.DataFrame([_from_trainer_state(path, str(run.relative_to(folder))) for run, (_, path) in states.items()])
 
 

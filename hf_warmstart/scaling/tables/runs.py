@@ -234,7 +234,7 @@ def _found(table: pd.DataFrame, columns: Mapping[str, str]) -> tuple[dict[str, A
         candidates = own + aliased if ours == "loss" or not own else own
         if ours in found or not candidates:
             continue
-        if len(candidates) > 1:
+        if len(candidates) > 1 and ours != "name":  # a run may have several names
             ambiguous[ours] = candidates
         else:
             found[ours] = candidates[0]
