@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from ..errors import WarmstartError
+from ..redaction import redact
 
 WIDTH = 110  # of tables that go to a file or a pipe
 
@@ -104,7 +105,7 @@ def notices(command: str) -> Iterator[None]:
 
     class Notices(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            notice(command, record.getMessage())
+            notice(command, redact(record.getMessage()))
 
     logger, handler = logging.getLogger("hf_warmstart"), Notices(logging.INFO)
     level = logger.level
@@ -117,7 +118,12 @@ def notices(command: str) -> Iterator[None]:
         logger.removeHandler(handler)
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # noqa: PLE0704  the exception that rich has caught: `main` gives its exit code
+
+
 def console(stderr: bool = False) -> Console:
     """Where people read: as wide as the terminal, or `WIDTH` where there is none."""
-    made = Console(stderr=stderr, highlight=False)
-    return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=max(made.width, WIDTH))
+    made = _Console(stderr=stderr, highlight=False)
+    return made if made.is_terminal else _Console(stderr=stderr, highlight=False, width=max(made.width, WIDTH))

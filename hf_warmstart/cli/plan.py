@@ -15,9 +15,21 @@ if TYPE_CHECKING:
     from ..growth.plan import GrowthPlan
 
 
+EXAMPLES = """examples:
+  hf-warmstart plan runs/base/checkpoint-500 --width 1.5 --depth 2
+  hf-warmstart plan my-org/my-model --set hidden_size=768 --set num_attention_heads=12
+  hf-warmstart plan my-org/my-model --growth-factor 4 --json
+"""
+
+
 def add_to(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser("plan", help="what a growth would do: sizes, parameters, memory, exact or why not")
+    parser = commands.add_parser(
+        "plan",
+        help="what a growth would do: sizes, parameters, memory, exact or why not",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("source", metavar="SOURCE", help="a folder with a config.json, or a Hub id")
     add_growth_options(parser)
     parser.add_argument("--json", action="store_true", help="write JSON to stdout")

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from ..selection.select import Selection
 
 EXAMPLES = """examples:
-  hf-warmstart select --parent runs/base/checkpoint-2000 --regime stochastic --budget 2% \\
-      --train blocks/train --eval blocks/held_out --steps 20000 --arg learning_rate=3e-4 --output runs/selection
   hf-warmstart select --parent runs/base/checkpoint-2000 --width 1.5 --train train.txt --eval held_out.txt \\
       --steps 20000 --output runs/selection --dry-run
+  hf-warmstart select --parent runs/base/checkpoint-2000 --regime stochastic --budget 2% \\
+      --train blocks/train --eval blocks/held_out --steps 20000 --arg learning_rate=3e-4 --output runs/selection
 A selection that was stopped goes on when the same command runs again; the same command elsewhere (another device, another
 process of accelerate launch) shares its work.
 """
@@ -140,7 +140,7 @@ def _arguments(options: argparse.Namespace) -> Any:
         raise WarmstartError(
             f"{unknown} are no training arguments here; --output and --steps have options of their own."
         )
-    quiet = {"report_to": "none", "disable_tqdm": options.json}
+    quiet = {"report_to": "none", "disable_tqdm": options.json or not console(stderr=True).is_terminal}
     return WarmstartTrainingArguments(options.output, max_steps=options.steps, **{**quiet, **given})
 
 
