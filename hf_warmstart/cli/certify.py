@@ -6,11 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-from rich.table import Table
-
 from ..errors import WarmstartError
-from .options import add_growth_options, console, growth_options, write_json
+from .options import add_growth_options, console, escape, growth_options, new_table, write_json
 
 if TYPE_CHECKING:
     from ..growth.certify import Certificate
@@ -87,7 +84,7 @@ def show(certificate: Certificate) -> None:
     out = console()
     verdict = "[bold green]exact[/]" if certificate.exact else "[bold red]not exact[/]"
     out.print(f"{verdict}: {escape(certificate.reason)}")
-    table = Table(box=None, padding=(0, 2), show_header=False)
+    table = new_table(show_header=False)
     table.add_row("outputs", f"{certificate.max_relative_error:.1e}", "of the largest")
     worst = f"of the largest, at {certificate.worst_pullback}"
     table.add_row("pulled-back gradients", f"{certificate.max_pullback_error:.1e}", escape(worst))

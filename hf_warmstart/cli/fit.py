@@ -5,10 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-from rich.table import Table
-
-from .options import console, named_values, write_json
+from .options import console, escape, named_values, new_table, write_json
 
 if TYPE_CHECKING:
     from ..scaling.predictor import HparamPredictor
@@ -106,7 +103,7 @@ def show(predictor: HparamPredictor) -> None:
     """Laws, the budgets' optima, and the runs that were set aside."""
     out = console()
     out.print(escape(str(predictor)), soft_wrap=True)
-    table = Table(box=None, padding=(0, 2), header_style="dim")
+    table = new_table()
     for name in ("params", "tokens", "compute", "learning rate", "batch, tokens", "loss", "runs"):
         table.add_column(name, justify="right")
     table.add_column("optimum by")

@@ -7,11 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-from rich.table import Table
-
 from ..errors import WarmstartError
-from .options import console, named_values, notice, write_json
+from .options import console, escape, named_values, new_table, notice, write_json
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -88,7 +85,7 @@ def show(push: FolderPush, options: argparse.Namespace) -> None:
         return
     out = console()
     out.print(f"[bold]{escape(push.repo_id)}[/]: {push.kind}, {sum(push.sizes.values()):,} bytes. Nothing was sent.")
-    table = Table(box=None, padding=(0, 2), show_header=False)
+    table = new_table(show_header=False)
     table.add_column()
     table.add_column(justify="right")
     table.add_column(style="dim")

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-
-from .options import console
+from .options import console, escape
 from .plan import as_data, show
 from .progress import bar, json_lines, write_line
 

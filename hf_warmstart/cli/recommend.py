@@ -7,11 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Table
-
 from ..errors import WarmstartError
-from .options import console, write_json
+from .options import console, escape, new_table, write_json
 
 EXAMPLES = """examples:
   hf-warmstart recommend --params 300M --law steplaw --tokens 6B --yaml run.yaml
@@ -150,7 +147,7 @@ def _evaluation(options: argparse.Namespace) -> dict[str, Any]:
 def show(found: Any) -> None:
     """One recommendation as a table, its warnings below."""
     out = console()
-    table = Table(box=None, padding=(0, 2), show_header=False)
+    table = new_table(show_header=False)
     table.add_column(style="dim")
     table.add_column()
     table.add_column(style="dim", overflow="fold")
@@ -164,7 +161,7 @@ def show(found: Any) -> None:
 def compare(found: dict[str, Any]) -> None:
     """What several laws recommend, one a row."""
     out = console()
-    table = Table(box=None, padding=(0, 2), header_style="dim")
+    table = new_table()
     for name in ("law", "learning rate", "batch, tokens", "sequences", "total compute"):
         table.add_column(name, justify="left" if name == "law" else "right")
     table.add_column("range", overflow="fold")

@@ -8,11 +8,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-from rich.table import Table
-
 from ..errors import WarmstartError
-from .options import add_growth_options, console, growth_options, parse_value, write_json
+from .options import add_growth_options, console, escape, growth_options, new_table, parse_value, write_json
 
 if TYPE_CHECKING:
     from ..selection.report import SelectionReport
@@ -197,7 +194,7 @@ def _show_plan(selection: Selection, options: argparse.Namespace) -> None:
         write_json({"candidates": rows, "refused": selection.refused, "notes": selection.notes, **budget})
         return
     out = console()
-    table = Table(box=None, padding=(0, 2), header_style="dim")
+    table = new_table()
     for column in ("candidate", "operators", "state", "schedule"):
         table.add_column(column)
     table.add_column("parameters", justify="right")
@@ -219,7 +216,7 @@ def show(report: SelectionReport) -> None:
     out.print(
         f"[bold]{escape(report.best)}[/], regime {report.settings['regime']}, {report.cost_fraction:.2%} of the planned run"
     )
-    table = Table(box=None, padding=(0, 2), header_style="dim")
+    table = new_table()
     for column in ("", "candidate", "stage", "repeats", "loss", "behind", "interval"):
         table.add_column(column, justify="left" if column in ("candidate", "stage") else "right")
     for row in report.table:

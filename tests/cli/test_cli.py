@@ -88,7 +88,7 @@ for command in ([], *([name] for name in sys.argv[1:])):
         main([*command, "--help"])
     except SystemExit as end:
         sys.stderr.write(f"{end.code} ")
-sys.stderr.write(str(sorted({"torch", "transformers", "huggingface_hub", "numpy"} & set(sys.modules))))
+sys.stderr.write(str(sorted({"torch", "transformers", "huggingface_hub", "numpy", "rich"} & set(sys.modules))))
 """
     names = list(subparsers(make_parser()))
     run = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, check=True)
