@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from ..errors import WarmstartError
@@ -72,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
             show(push, options)
             return 0
         where = {"private": options.private or None, "revision": options.revision, "create_pr": options.create_pr}
-        with push_faults(options.repo_id), quiet_bars(options.json):
+        with push_faults(options.repo_id):
             made = push.run(commit_message=options.message, **where)
         told(push, made, options)
     return 0
@@ -96,7 +95,7 @@ def show(push: FolderPush, options: argparse.Namespace) -> None:
         )
     out.print(table)
     if push.left_out:
-        out.print(f"  stays here: {escape(', '.join(push.left_out))}", soft_wrap=True)
+        out.print(f"  stays here: {escape(_listed(push.left_out))}", soft_wrap=True)
 
 
 def told(push: FolderPush, made: CommitInfo, options: argparse.Namespace) -> None:
@@ -107,7 +106,7 @@ def told(push: FolderPush, made: CommitInfo, options: argparse.Namespace) -> Non
         )
         return
     if push.left_out:
-        notice(options.command, f"stays here: {', '.join(push.left_out)}")
+        notice(options.command, f"stays here: {_listed(push.left_out)}")
     words = f"{len(push.sizes)} files, {sum(push.sizes.values()):,} bytes: {made.pr_url or made.commit_url}"
     console().print(f"{escape(push.repo_id)}: {escape(words)}", soft_wrap=True)
 
@@ -117,16 +116,7 @@ def as_data(push: FolderPush) -> dict[str, Any]:
     return {"kind": push.kind, "repo_id": push.repo_id, "files": push.sizes, "left_out": push.left_out}
 
 
-@contextmanager
-def quiet_bars(quiet: bool) -> Iterator[None]:
-    """The Hub client's own bars, but not where nobody looks or a machine reads."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    hide = (quiet or not console(stderr=True).is_terminal) and not are_progress_bars_disabled()
-    if hide:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        if hide:
-            enable_progress_bars()
+def _listed(paths: list[str]) -> str:
+    """Paths in words, those of a folder as one."""
+    counts = Counter(path.partition("/")[0] + "/" if "/" in path else path for path in paths)
+    return ", ".join(f"{name} ({count} files)" if name.endswith("/") else name for name, count in counts.items())

@@ -103,14 +103,14 @@ def push_faults(repo_id: str) -> Iterator[None]:
     except (HfHubHTTPError, HTTPError, ValueError, RuntimeError, OSError) as error:
         # A thread that uploads wraps what it met.
         cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ is not None else error
-        words = " ".join(str(cause).split())
+        words = " ".join(str(cause).split()).removesuffix(".")
         words = words if len(words) <= LONGEST else words[:LONGEST] + " ..."
         if isinstance(cause, HfHubHTTPError):
             status = cause.response.status_code if cause.response is not None else None
             what = REFUSALS.get(status or 0, "run the same again later.")
-            raise HubError(f"The Hub refused the push to {repo_id!r} ({status}): {what} It says: {words}") from error
+            raise HubError(f"The Hub refused the push to {repo_id!r} ({status}): {what} It says: {words}.") from error
         if isinstance(cause, ValueError):
-            raise HubError(f"The Hub refused the push to {repo_id!r}: {words}") from error
+            raise HubError(f"The Hub refused the push to {repo_id!r}: {words}.") from error
         if not isinstance(cause, (HTTPError, OSError)):
             raise
         raise HubError(

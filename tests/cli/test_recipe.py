@@ -108,6 +108,12 @@ def test_a_run_that_was_stopped_in_training_goes_on_from_its_checkpoint(world, h
     stopped = write(push=None)
     step = Trainer.training_step
 
+    steps = []
+
+    def counted(self, *args, **kwargs):
+        steps.append(self.state.global_step)
+        return step(self, *args, **kwargs)
+
     def interrupted(self, *args, **kwargs):
         if self.state.global_step == 3:
             raise KeyboardInterrupt
@@ -118,7 +124,9 @@ def test_a_run_that_was_stopped_in_training_goes_on_from_its_checkpoint(world, h
         assert main(["run", stopped]) == 130
     assert "The same command goes on where it was." in capsys.readouterr().err
     assert Path("runs/continued/checkpoint-2").is_dir() and not Path("runs/continued/model.safetensors").exists()
+    monkeypatch.setattr(Trainer, "training_step", counted)
     assert main(["run", stopped]) == 0
+    assert steps == [2, 3]
     assert Path("runs/continued/model.safetensors").read_bytes() == Path("runs/whole/model.safetensors").read_bytes()
 
 

@@ -118,7 +118,10 @@ def test_other_checkpoints_logs_and_pickled_arguments_stay_here(hub, folder, cap
     assert set(hub.commits(REPO)[0].changed) == {path.name for path in folder.iterdir() if path.is_file()} - {
         "training_args.bin"
     }
-    assert "stays here: .cache/x, checkpoint-4/model.safetensors" in capsys.readouterr().err
+    assert (
+        "stays here: .cache/ (1 files), checkpoint-4/ (1 files), runs/ (1 files), training_args.bin\n"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_checkpoint_goes_into_a_subfolder_with_its_state(hub, use_hub, grown, tmp_path):
