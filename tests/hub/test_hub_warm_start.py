@@ -56,7 +56,7 @@ def warm(model, output, **options):
 
 
 @pytest.mark.filterwarnings("ignore:Cannot enable progress bars", "ignore:Use 'content=<...>':DeprecationWarning")
-def test_a_warm_start_from_a_subfolder_of_a_revision_is_that_from_the_folder(base, tmp_path):
+def test_a_warm_start_from_a_subfolder_of_a_revision_is_that_from_the_folder(base, use_hub, tmp_path):
     hub, run = base
     old = hub.commits(REPO)[-1].oid
     model = AutoModelForCausalLM.from_pretrained(REPO, subfolder="checkpoint-4", revision=old)
@@ -65,6 +65,7 @@ def test_a_warm_start_from_a_subfolder_of_a_revision_is_that_from_the_folder(bas
     # The parent moves on: what the revision names stays.
     hub.add(REPO, {f"checkpoint-4/{name}": b"spoiled" for name in ("optimizer.pt", "scheduler.pt")})
     hub.served.clear()
+    use_hub(hub, "absent", cache="third")  # nothing of it was fetched yet
     remote = warm(
         child, tmp_path / "a", warmstart_from=REPO, warmstart_revision=old, warmstart_subfolder="checkpoint-4"
     )
