@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hf_warmstart import Certificate
 from hf_warmstart.cli import COMMANDS, EPILOG, completion, main, make_parser
 from hf_warmstart.cli.completion import subparsers
 
@@ -59,6 +60,10 @@ def test_every_command_has_the_same_switches():
 def test_the_first_example_of_every_command_runs(use_hub, tmp_path, monkeypatch, capsys):
     make_world(tmp_path)
     monkeypatch.chdir(tmp_path)
+    # `certify` measures one; the others need not.
+    certificate = Certificate(True, 0.0, 0.0, [], {}, True, "")
+    monkeypatch.setattr("hf_warmstart.checkpoints.whole_weights.certify_record", lambda config: certificate)
+    monkeypatch.setattr("hf_warmstart.hub.save.certify_record", lambda config: certificate)
     with MiniHub() as hub:
         use_hub(hub)
         publish_model(hub, tmp_path / "published")
@@ -162,11 +167,20 @@ def test_the_keyboard_stops_a_command(broken, capsys):
     assert capsys.readouterr().err == "hf-warmstart advise: Stopped.\n"
 
 
-def test_a_reader_that_goes_away_and_a_pipe_without_colours_are_met():
-    advise = "advise --params 134.6M --tokens 2.7B --base-params 67M"
-    code = f"from hf_warmstart.cli import main; raise SystemExit(main('{advise}'.split()))"
-    gone = f"import os, sys; r, w = os.pipe(); os.close(r); os.dup2(w, 1); {code}"
-    run = subprocess.run([sys.executable, "-c", gone], capture_output=True, text=True)
+@pytest.mark.parametrize("switch", [[], ["--json"]])
+def test_a_reader_that_goes_away_has_an_exit_code_of_its_own(switch):
+    # `advise` shows a line, and what it would import is left out.
+    code = """
+import os, sys
+from hf_warmstart.cli import advise, main
+from hf_warmstart.cli.options import console, write_json
+r, w = os.pipe()
+os.close(r)
+os.dup2(w, 1)
+advise.run = lambda options: write_json({}) if options.json else console().print("words")
+raise SystemExit(main(["advise", "--tokens", "1B", *sys.argv[1:]]))
+"""
+    run = subprocess.run([sys.executable, "-c", code, *switch], capture_output=True, text=True)
     assert (run.returncode, run.stdout, run.stderr) == (141, "", "")
 
 

@@ -90,13 +90,12 @@ def test_what_is_no_report_is_said(hub, grown):
         SelectionReport.from_pretrained("user/none")
 
 
-@pytest.mark.parametrize("xet", ["on", "absent"])
-def test_a_predictor_goes_there_and_back_on_a_branch(xet, hub, use_hub):
-    use_hub(hub, xet)
+def test_a_predictor_goes_there_and_back_on_a_branch_without_xet(hub, use_hub):
+    use_hub(hub, "absent")
     predictor = HparamPredictor.fit(Planted().runs(), draws=20, name="tiny law")
     predictor.push_to_hub("user/law", branch="v1", private=True)
     assert hub.commits("user/law") == [] and hub.repos["user/law"].private
-    use_hub(hub, xet, cache="another")
+    use_hub(hub, "absent", cache="another")
     again = HparamPredictor.from_pretrained("user/law", revision="v1")
     run = {"params": 1e8, "tokens": 2e9, "sequence_length": 128, "eval_loss": 3.0}
     assert json.dumps(again.recommend(**run).to_dict()) == json.dumps(predictor.recommend(**run).to_dict())
