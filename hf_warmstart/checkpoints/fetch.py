@@ -11,8 +11,8 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 
 from ..errors import CheckpointError, StateError, WarmstartError
-from .safetensors_layout import INDEX_NAME, SINGLE_NAME
-from .trainer_files import TRAINER_STATE_NAME
+from .safetensors.layout import INDEX_NAME, SINGLE_NAME
+from .state.trainer_files import TRAINER_STATE_NAME
 
 # Weights in other forms than safetensors, and what training left behind, are not fetched.
 NOT_FETCHED = [

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .options import console, escape, named_values, new_table, write_json
 
 if TYPE_CHECKING:
-    from ..scaling.predictor import HparamPredictor
+    from ..scaling.hparams.predictor import HparamPredictor
 
 EXAMPLES = """examples:
   hf-warmstart fit runs.csv
@@ -70,7 +70,7 @@ def add_to(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Fit, print, save where asked; 0."""
-    from ..scaling.predictor import HparamPredictor
+    from ..scaling.hparams.predictor import HparamPredictor
 
     predictor = HparamPredictor.fit(
         options.runs,

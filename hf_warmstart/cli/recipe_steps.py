@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
     from ..growth.plan import GrowthRecord
-    from ..scaling.recommendation import HparamRecommendation
+    from ..scaling.hparams.recommendation import HparamRecommendation
     from .recipe_file import RunRecipe
 
 Report = Callable[[int, int], None]
@@ -93,7 +93,7 @@ def grow(recipe: RunRecipe, bar: Callable[[], AbstractContextManager[Report]]) -
 
 def recommended(options: Mapping[str, Any], checkpoint: str) -> HparamRecommendation:
     """What the law recommends for a checkpoint."""
-    from ..scaling.predictor import HparamPredictor
+    from ..scaling.hparams.predictor import HparamPredictor
 
     given = dict(options)
     return HparamPredictor.from_pretrained(given.pop("law")).recommend(checkpoint=checkpoint, **given)
@@ -147,9 +147,9 @@ def train(recipe: RunRecipe, advice: HparamRecommendation | None, quiet: bool) -
 
 def has_state(parent: str) -> bool:
     """Whether a parent is a folder with the state of an optimizer."""
-    from ..checkpoints.parent_state import optimizer_file
-    from ..checkpoints.sharded import is_sharded
-    from ..checkpoints.trainer_files import TRAINER_STATE_NAME
+    from ..checkpoints.state.parent_state import optimizer_file
+    from ..checkpoints.state.trainer_files import TRAINER_STATE_NAME
+    from ..checkpoints.torch_files.sharded import is_sharded
 
     folder = Path(parent)
     if not (folder / TRAINER_STATE_NAME).is_file():
@@ -159,7 +159,7 @@ def has_state(parent: str) -> bool:
 
 def _ended(output: Path, steps: int) -> dict[str, float] | None:
     """The held-out results of a run that ended after so many steps (by epochs where that is not positive)."""
-    from ..checkpoints.trainer_files import TRAINER_STATE_NAME
+    from ..checkpoints.state.trainer_files import TRAINER_STATE_NAME
 
     state, results = output / TRAINER_STATE_NAME, output / EVALUATION_NAME
     if not state.is_file() or not results.is_file():

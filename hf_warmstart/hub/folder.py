@@ -261,7 +261,7 @@ def _made_anew(kind: str, folder: Path, repo_id: str, license: str | None, made:
     """Laws or a report, saved anew with a card that names the repository."""
     anew = Path(made.enter_context(tempfile.TemporaryDirectory()))
     if kind == "laws":
-        from ..scaling.predictor import HparamPredictor
+        from ..scaling.hparams.predictor import HparamPredictor
 
         predictor = HparamPredictor.from_pretrained(folder)
         predictor.save_pretrained(anew, model_card_kwargs={"repo_id": repo_id, "license": license})

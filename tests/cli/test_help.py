@@ -62,7 +62,7 @@ def test_the_first_example_of_every_command_runs(use_hub, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     # `certify` measures one; the others need not.
     certificate = Certificate(True, 0.0, 0.0, [], {}, True, "")
-    monkeypatch.setattr("hf_warmstart.checkpoints.whole_weights.certify_record", lambda config: certificate)
+    monkeypatch.setattr("hf_warmstart.checkpoints.weights.whole.certify_record", lambda config: certificate)
     monkeypatch.setattr("hf_warmstart.hub.save.certify_record", lambda config: certificate)
     with MiniHub() as hub:
         use_hub(hub)

@@ -45,7 +45,7 @@ def hub(use_hub, monkeypatch) -> MiniHub:
 
 @pytest.fixture(autouse=True)
 def _certified(monkeypatch, certificate):
-    for module in ("hf_warmstart.hub.save", "hf_warmstart.hub.card", "hf_warmstart.checkpoints.whole_weights"):
+    for module in ("hf_warmstart.hub.save", "hf_warmstart.hub.card", "hf_warmstart.checkpoints.weights.whole"):
         monkeypatch.setattr(f"{module}.certify_record", lambda config: certificate)
 
 
