@@ -2,9 +2,17 @@
 
 from collections.abc import Iterable
 
+from .redaction import redact
+
 
 class WarmstartError(ValueError):
-    """A request that cannot be met; the message says what was given, why not, and what to pass instead."""
+    """A request that cannot be met; the message says what was given, why not, and what to pass instead.
+
+    A message may quote what was given, or a server's words: tokens and signatures in it are hidden.
+    """
+
+    def __init__(self, message: object = "", *more: object):
+        super().__init__(redact(message), *more)
 
 
 class LayoutError(WarmstartError):
@@ -17,6 +25,10 @@ class SizeError(WarmstartError):
 
 class StateError(WarmstartError):
     """A training state that does not belong to the model, or is incomplete."""
+
+
+class HubError(WarmstartError):
+    """The Hub refused, or could not be reached; the message says what to do."""
 
 
 class CheckpointError(WarmstartError):

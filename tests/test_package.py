@@ -63,3 +63,16 @@ def test_public_names_stand_in_the_readme():
     assert missing == []
     for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
         assert (ROOT / link).exists(), link
+
+
+def test_the_start_up_benchmark_measures_what_it_says(monkeypatch, capsys):
+    from benchmarks import start_up
+
+    given = {start_up.BARE: [1.0, 2.0, 4.0], "import hf_warmstart": [1.5, 2.25, 5.0]}
+    rows = {row["case"]: row for row in start_up.rows(given)}
+    assert rows[start_up.BARE]["beyond"] == 0 and rows[start_up.BARE]["ratio"] == 1
+    assert rows["import hf_warmstart"]["beyond"] == 0.5 and rows["import hf_warmstart"]["ratio"] == 1.25
+    monkeypatch.setattr(start_up, "seconds", lambda arguments: 0.5)
+    monkeypatch.setattr("sys.argv", ["start_up", "--pairs", "2"])
+    start_up.main()
+    assert "| `hf-warmstart --help` | 0.500 | +0.000 | 1.00 |" in capsys.readouterr().out

@@ -17,10 +17,20 @@ if TYPE_CHECKING:
 UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
+EXAMPLES = """examples:
+  hf-warmstart advise --params 134.6M --tokens 2.7B --base-params 67M --base-tokens 1.3B
+  hf-warmstart advise --params 7B --tokens 140B --base small=1B --base large=3B
+  hf-warmstart advise --tokens 20B --checkpoint my-org/my-model
+"""
+
+
 def add_to(commands: Any) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser(
-        "advise", help="when and how much to grow: factor, bound, speed-up, or scratch after all"
+        "advise",
+        help="when and how much to grow: factor, bound, speed-up, or scratch after all",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--params", metavar="N", help="parameters of the target: 134.6M, 7B")
     parser.add_argument("--tokens", metavar="D", required=True, help="tokens that it will be trained on: 2.7B")

@@ -6,19 +6,28 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-from rich.table import Table
-
 from ..errors import WarmstartError
-from .options import add_growth_options, console, growth_options, write_json
+from .options import add_growth_options, console, escape, growth_options, new_table, write_json
 
 if TYPE_CHECKING:
     from ..growth.certify import Certificate
 
 
+EXAMPLES = """examples:
+  hf-warmstart certify runs/base/checkpoint-500 --width 1.5 --depth 2
+  hf-warmstart certify my-org/my-model --depth 2 --set depth_operator=stack
+  hf-warmstart certify --all --kind causal-lm --types llama,gpt2 --output table.md
+"""
+
+
 def add_to(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser("certify", help="prove a growth on a small random twin, in true float64")
+    parser = commands.add_parser(
+        "certify",
+        help="prove a growth on a small random twin, in true float64",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("source", metavar="SOURCE", nargs="?", help="a folder with a config.json, or a Hub id")
     add_growth_options(parser)
     every = parser.add_argument_group("every type that transformers ships, under a fixed suite of growths")
@@ -29,6 +38,11 @@ def add_to(commands: Any) -> None:
     every.add_argument("--output", type=Path, metavar="FILE", help="write the table there (docs/architectures.md)")
     every.add_argument(
         "--readme", type=Path, metavar="FILE", help="put the figure between this file's coverage markers"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="with --all: check the request, list the types, measure and write nothing",
     )
     parser.add_argument("--json", action="store_true", help="write JSON to stdout")
     parser.set_defaults(run=run)
@@ -41,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
     if options.all and (options.source or growth):
         given = [options.source] if options.source else sorted(growth)
         raise WarmstartError(f"--all runs its own growths on every type: {given} cannot be given with it.")
+    only_all += ["dry-run"] if options.dry_run else []
     if not options.all and only_all:
         raise WarmstartError(f"{', '.join('--' + name for name in only_all)}: only with --all.")
     if not options.all and not options.source:
@@ -69,7 +84,7 @@ def show(certificate: Certificate) -> None:
     out = console()
     verdict = "[bold green]exact[/]" if certificate.exact else "[bold red]not exact[/]"
     out.print(f"{verdict}: {escape(certificate.reason)}")
-    table = Table(box=None, padding=(0, 2), show_header=False)
+    table = new_table(show_header=False)
     table.add_row("outputs", f"{certificate.max_relative_error:.1e}", "of the largest")
     worst = f"of the largest, at {certificate.worst_pullback}"
     table.add_row("pulled-back gradients", f"{certificate.max_pullback_error:.1e}", escape(worst))

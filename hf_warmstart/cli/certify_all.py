@@ -36,6 +36,16 @@ def run_all(options: argparse.Namespace) -> int:
     if options.readme is not None:
         coverage.check_markers(options.readme)
     tasks = zoo.entries(_names(options.kind), _names(options.types))
+    if options.dry_run:
+        if options.json:
+            write_json(
+                {"types": [{"kind": kind, "type": name} for kind, name in tasks], "jobs": min(jobs, len(tasks))}
+            )
+        else:
+            console().print(
+                f"{len(tasks)} types by {min(jobs, len(tasks))} processes. Nothing was measured or written."
+            )
+        return 0
     rows = _measured(tasks, min(jobs, len(tasks)))
     command = _command(options)
     if options.output is not None:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-from rich.table import Table
-
-from .options import console, named_values, write_json
+from .options import console, escape, named_values, new_table, write_json
 
 if TYPE_CHECKING:
     from ..scaling.hparams.predictor import HparamPredictor
@@ -66,6 +63,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--name", default="fitted law", help="for tables and cards")
     parser.add_argument("--output", metavar="FOLDER", help="save the laws, their draws, the runs and a card there")
     parser.add_argument("--plot", metavar="FILE", help="save a plot there")
+    parser.add_argument("--dry-run", action="store_true", help="fit and print, write neither --output nor --plot")
     parser.add_argument("--json", action="store_true", help="write JSON to stdout")
     parser.set_defaults(run=run)
 
@@ -86,9 +84,9 @@ def run(options: argparse.Namespace) -> int:
         recipe=named_values(options.recipe, "--recipe"),
         name=options.name,
     )
-    if options.output:
+    if options.output and not options.dry_run:
         predictor.save_pretrained(options.output)
-    if options.plot:
+    if options.plot and not options.dry_run:
         predictor.plot(options.plot)
     if options.json:
         runs = predictor.runs
@@ -96,6 +94,8 @@ def run(options: argparse.Namespace) -> int:
         write_json({**predictor.laws.to_dict(), "set_aside": [] if aside is None else aside.to_dict("records")})
     else:
         show(predictor)
+        if options.dry_run and (files := [name for name in (options.output, options.plot) if name]):
+            console().print(f"{escape(', '.join(files))} would be written; nothing was.", soft_wrap=True)
     return 0
 
 
@@ -103,7 +103,7 @@ def show(predictor: HparamPredictor) -> None:
     """Laws, the budgets' optima, and the runs that were set aside."""
     out = console()
     out.print(escape(str(predictor)), soft_wrap=True)
-    table = Table(box=None, padding=(0, 2), header_style="dim")
+    table = new_table()
     for name in ("params", "tokens", "compute", "learning rate", "batch, tokens", "loss", "runs"):
         table.add_column(name, justify="right")
     table.add_column("optimum by")

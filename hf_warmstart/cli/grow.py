@@ -8,11 +8,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-
 from ..errors import WarmstartError
 from ..version import __version__
-from .options import add_growth_options, console, growth_options, notice
+from .options import add_growth_options, console, escape, growth_options, notice
 from .plan import as_data, show, size_text
 from .progress import bar, json_lines, write_line
 

@@ -1,4 +1,7 @@
-"""What commands share: the options that say what to grow, and ways to write results."""
+"""What commands share: the options that say what to grow, and ways to write results.
+
+rich is imported when something is shown: it takes most of the time in which `--help` could be there.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,14 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Any
 
 from ..errors import WarmstartError
+from ..redaction import redact
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 WIDTH = 110  # of tables that go to a file or a pipe
 
@@ -104,7 +110,7 @@ def notices(command: str) -> Iterator[None]:
 
     class Notices(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            notice(command, record.getMessage())
+            notice(command, redact(record.getMessage()))
 
     logger, handler = logging.getLogger("hf_warmstart"), Notices(logging.INFO)
     level = logger.level
@@ -119,5 +125,25 @@ def notices(command: str) -> Iterator[None]:
 
 def console(stderr: bool = False) -> Console:
     """Where people read: as wide as the terminal, or `WIDTH` where there is none."""
-    made = Console(stderr=stderr, highlight=False)
-    return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=max(made.width, WIDTH))
+    from rich.console import Console
+
+    class Raises(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # noqa: PLE0704  what rich has caught: `main` has an exit code for it
+
+    made = Raises(stderr=stderr, highlight=False)
+    return made if made.is_terminal else Raises(stderr=stderr, highlight=False, width=max(made.width, WIDTH))
+
+
+def new_table(**options: Any) -> Table:
+    """A table as all commands show them; options are those of `rich.table.Table`."""
+    from rich.table import Table
+
+    return Table(**{"box": None, "padding": (0, 2), "header_style": "dim", **options})
+
+
+def escape(text: str) -> str:
+    """A text whose brackets are no markup."""
+    from rich import markup
+
+    return markup.escape(text)

@@ -5,19 +5,27 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-from rich.padding import Padding
-from rich.table import Table
-
-from .options import add_growth_options, console, growth_options, write_json
+from .options import add_growth_options, console, escape, growth_options, new_table, write_json
 
 if TYPE_CHECKING:
     from ..growth.plan import GrowthPlan
 
 
+EXAMPLES = """examples:
+  hf-warmstart plan runs/base/checkpoint-500 --width 1.5 --depth 2
+  hf-warmstart plan my-org/my-model --set hidden_size=768 --set num_attention_heads=12
+  hf-warmstart plan my-org/my-model --growth-factor 4 --json
+"""
+
+
 def add_to(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser("plan", help="what a growth would do: sizes, parameters, memory, exact or why not")
+    parser = commands.add_parser(
+        "plan",
+        help="what a growth would do: sizes, parameters, memory, exact or why not",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("source", metavar="SOURCE", help="a folder with a config.json, or a Hub id")
     add_growth_options(parser)
     parser.add_argument("--json", action="store_true", help="write JSON to stdout")
@@ -61,7 +69,7 @@ def show(plan: GrowthPlan, needs: str | None = None) -> None:
     out = console()
     title = f"{plan.model_class.__name__}: {' + '.join(plan.operators)}, seed {plan.growth_config.seed}"
     out.print(f"[bold]{escape(title)}[/]")
-    table = Table(box=None, padding=(0, 2), header_style="dim")
+    table = new_table()
     table.add_column("config")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
@@ -72,6 +80,8 @@ def show(plan: GrowthPlan, needs: str | None = None) -> None:
     out.print(table)
     out.print(f"  growth factor {plan.growth_factor:.3f}; {escape(needs)}", soft_wrap=True)
     verdict = "[bold green]exact[/]" if plan.exact else "[bold yellow]not exact[/]"
+    from rich.padding import Padding
+
     out.print(Padding(f"{verdict}: {escape(plan.reason)}", (0, 0, 0, 2)))
 
 

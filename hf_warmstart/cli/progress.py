@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
 from .options import console, plain
 
 Report = Callable[[int, int], None]
@@ -20,6 +18,8 @@ EVERY = 0.5  # seconds between two lines
 @contextmanager
 def bar(words: str) -> Iterator[Report]:
     """A bar on stderr; where nobody looks (a pipe, a file), nothing."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
     out = console(stderr=True)
     columns = (
         TextColumn("{task.description}"),

@@ -7,16 +7,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Table
-
 from ..errors import WarmstartError
-from .options import console, write_json
+from .options import console, escape, new_table, write_json
 
 EXAMPLES = """examples:
+  hf-warmstart recommend --params 300M --law steplaw --tokens 6B --yaml run.yaml
   hf-warmstart recommend runs/base/checkpoint-500 --law my-law --tokens 20B --eval-data held-out.jsonl
   hf-warmstart recommend org/model --law all --tokens 20B --tokens-seen 2T
-  hf-warmstart recommend --params 300M --law steplaw --tokens 6B --yaml run.yaml
 """
 UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 
@@ -76,6 +73,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--yaml", metavar="FILE", help="write TrainingArguments there")
     parser.add_argument("--accelerate", metavar="FILE", help="write a config of accelerate launch there")
     parser.add_argument("--plot", metavar="FILE", help="write a plot there")
+    parser.add_argument("--dry-run", action="store_true", help="print, write none of the files")
     parser.add_argument("--json", action="store_true", help="write JSON to stdout")
     parser.set_defaults(run=run)
 
@@ -100,7 +98,10 @@ def run(options: argparse.Namespace) -> int:
         (one,) = found.values()
         if not options.json:
             show(one)
-        _write(one, options)
+        if not options.dry_run:
+            _write(one, options)
+        elif files and not options.json:
+            console().print(f"{', '.join(files)}: nothing was written.")
     return 0 if any(not isinstance(f, WarmstartError) for f in found.values()) else 2
 
 
@@ -152,7 +153,7 @@ def _evaluation(options: argparse.Namespace) -> dict[str, Any]:
 def show(found: Any) -> None:
     """One recommendation as a table, its warnings below."""
     out = console()
-    table = Table(box=None, padding=(0, 2), show_header=False)
+    table = new_table(show_header=False)
     table.add_column(style="dim")
     table.add_column()
     table.add_column(style="dim", overflow="fold")
@@ -166,7 +167,7 @@ def show(found: Any) -> None:
 def compare(found: dict[str, Any]) -> None:
     """What several laws recommend, one a row."""
     out = console()
-    table = Table(box=None, padding=(0, 2), header_style="dim")
+    table = new_table()
     for name in ("law", "learning rate", "batch, tokens", "sequences", "total compute"):
         table.add_column(name, justify="left" if name == "law" else "right")
     table.add_column("range", overflow="fold")

@@ -8,21 +8,18 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-from rich.table import Table
-
 from ..errors import WarmstartError
-from .options import add_growth_options, console, growth_options, parse_value, write_json
+from .options import add_growth_options, console, escape, growth_options, new_table, parse_value, write_json
 
 if TYPE_CHECKING:
     from ..selection.report import SelectionReport
     from ..selection.rounds import Selection
 
 EXAMPLES = """examples:
-  hf-warmstart select --parent runs/base/checkpoint-2000 --regime stochastic --budget 2% \\
-      --train blocks/train --eval blocks/held_out --steps 20000 --arg learning_rate=3e-4 --output runs/selection
   hf-warmstart select --parent runs/base/checkpoint-2000 --width 1.5 --train train.txt --eval held_out.txt \\
       --steps 20000 --output runs/selection --dry-run
+  hf-warmstart select --parent runs/base/checkpoint-2000 --regime stochastic --budget 2% \\
+      --train blocks/train --eval blocks/held_out --steps 20000 --arg learning_rate=3e-4 --output runs/selection
 A selection that was stopped goes on when the same command runs again; the same command elsewhere (another device, another
 process of accelerate launch) shares its work.
 """
@@ -150,7 +147,7 @@ def _arguments(options: argparse.Namespace) -> Any:
         raise WarmstartError(
             f"{unknown} are no training arguments here; --output and --steps have options of their own."
         )
-    quiet = {"report_to": "none", "disable_tqdm": options.json}
+    quiet = {"report_to": "none", "disable_tqdm": options.json or not console(stderr=True).is_terminal}
     return WarmstartTrainingArguments(options.output, max_steps=options.steps, **{**quiet, **given})
 
 
@@ -207,7 +204,7 @@ def _show_plan(selection: Selection, options: argparse.Namespace) -> None:
         write_json({"candidates": rows, "refused": selection.refused, "notes": selection.notes, **budget})
         return
     out = console()
-    table = Table(box=None, padding=(0, 2), header_style="dim")
+    table = new_table()
     for column in ("candidate", "operators", "state", "schedule"):
         table.add_column(column)
     table.add_column("parameters", justify="right")
@@ -229,7 +226,7 @@ def show(report: SelectionReport) -> None:
     out.print(
         f"[bold]{escape(report.best)}[/], regime {report.settings['regime']}, {report.cost_fraction:.2%} of the planned run"
     )
-    table = Table(box=None, padding=(0, 2), header_style="dim")
+    table = new_table()
     for column in ("", "candidate", "stage", "repeats", "loss", "behind", "interval"):
         table.add_column(column, justify="left" if column in ("candidate", "stage") else "right")
     for row in report.table:

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-
 from .options import console, named_values, write_json
 from .progress import EVERY, write_line
 from .recommend import count
@@ -111,6 +109,8 @@ def _is_main_process() -> bool:
 @contextmanager
 def bar() -> Iterator[Callable[[SweepProgress], None]]:
     """A bar on stderr with the predicted end; where nobody looks, nothing."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
     out = console(stderr=True)
     columns = (TextColumn("sweep"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[words]}"))
     with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as shown:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub import constants
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
@@ -147,7 +147,7 @@ def parent_revision(config: PreTrainedConfig) -> str | None:
     name = parent_name(config)
     if not name or name != config._name_or_path:
         return None
-    commits = list(Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "snapshots").glob("*"))
+    commits = list(Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "snapshots").glob("*"))
     return commits[0].name if len(commits) == 1 else None
 
 

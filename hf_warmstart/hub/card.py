@@ -59,6 +59,7 @@ def render_card(
     license: str | None = None,
     model_name: str | None = None,
     selection: SelectionReport | None = None,
+    recipe: str | None = None,
 ) -> ModelCard:
     """The card of a grown model.
 
@@ -71,6 +72,7 @@ def render_card(
             only, since the metadata's `model-index` needs a dataset.
         license (`str`, *optional*): the Hub's identifier of the licence. Never guessed.
         model_name (`str`, *optional*): the title; by default it names class and parent.
+        recipe (`str`, *optional*): the YAML of `hf-warmstart run` that made the model.
 
     Returns:
         A `huggingface_hub.ModelCard`: `.data` holds the metadata, `.save(path)` writes it. The model is untouched.
@@ -129,6 +131,7 @@ def render_card(
         pullback_error=_error(certificate.max_pullback_error),
         pullback_tolerance=f"{PULLBACK_TOLERANCE:.0e}",
         rebuild=_rebuild(config, rebuilt),
+        recipe=recipe.rstrip() if recipe is not None else None,
         selection=selection.to_markdown("## How this start was chosen") if selection is not None else None,
         record=record,
         record_key=RECORD_KEY,

@@ -1,23 +1,17 @@
-"""`push_to_hub`: weights, config, `growth.json` and card of a grown model in one commit.
-
-`HfApi.upload_folder` splits large folders into several commits when `hf_xet` is installed (huggingface_hub 2.4), so
-that a fault on the way would leave weights without their card; `create_commit` makes one commit or none.
-"""
+"""`push_to_hub`: weights, config, `growth.json` and card of a grown model in one commit, see `commit_folder`."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel
 
 from ..growth.certify import Certificate
-from ..growth.grow import TAG
-from ..version import __version__
-from .save import files_below, save_grown, stale_weights
+from .commit import commit_folder
+from .save import save_grown
 
 if TYPE_CHECKING:
     from ..selection.report import SelectionReport
@@ -89,19 +83,12 @@ def push_to_hub(
             selection=selection,
             **save_kwargs,
         )
-        api = HfApi(token=token, library_name=TAG, library_version=__version__)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision and not create_pr and not revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        written = files_below(folder)
-        stale = stale_weights(api.list_repo_files(repo_id, revision=revision), written)
-        return api.create_commit(
+        return commit_folder(
+            folder,
             repo_id,
-            [
-                *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=Path(folder, name)) for name in written),
-                *(CommitOperationDelete(path_in_repo=name) for name in stale),
-            ],
             commit_message=commit_message or f"Upload grown {type(model).__name__}",
+            private=private,
+            token=token,
             revision=revision,
             create_pr=create_pr,
         )

@@ -119,12 +119,14 @@ def description(
     model_name: str | None = None,
     files: Mapping[str, Mapping[str, str | int]] | None = None,
     selection: SelectionReport | None = None,
+    recipe: str | None = None,
 ) -> dict[str, str]:
     """What lies beside the weights of a grown model: the texts of `growth.json` and of the card, by file name.
 
     Args:
         model: a grown model, or its config. files: size and sha256 of each file of weights, where they are known.
         certificate, metrics, dataset, license, model_name, selection: as for `save_grown`.
+        recipe: as for `render_card`.
 
     Raises:
         WarmstartError: there is no record, or a metric is not a finite number.
@@ -141,6 +143,7 @@ def description(
         license=license,
         model_name=model_name,
         selection=selection,
+        recipe=recipe,
     )
     facts = {
         "library_version": __version__,

@@ -1,7 +1,7 @@
 """`SelectionReport`: the ranking, how sure it is, what it cost, and how well cheaper metrics would have told it.
 
 A report is plain data with a few questions to it. It is saved as `selection.json`, `selection.md` and `selection.png`, and
-goes with the card of the grown model (`push_to_hub(model, ..., selection=report)`).
+goes with the card of the grown model (`push_to_hub(model, ..., selection=report)`), or to the Hub alone (`report.push_to_hub`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from .outcomes import agreement, cheap_metrics, final_loss, loss_auc
 from .regimes import Regime
 
 if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
     from ..training import WarmstartTrainer
     from .rounds import Progress, Selection
 
@@ -95,6 +97,40 @@ class SelectionReport:
         (folder / MARKDOWN_NAME).write_text(self.to_markdown() + "\n")
         self.plot(folder / PLOT_NAME)
         return folder
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike, **options: Any) -> SelectionReport:
+        """The report in a folder or on the Hub.
+
+        Args:
+            source: the `output_dir` of a selection, or the Hub id that `push_to_hub` was given.
+            **options: of `huggingface_hub.hf_hub_download`, such as `revision`, `token` and `cache_dir`.
+
+        Raises:
+            WarmstartError: there is none, or the Hub does not give it.
+        """
+        if Path(source).is_dir():
+            return cls.load(source)
+        from .published import fetched_report
+
+        return cls.load(fetched_report(os.fspath(source), **options))
+
+    def push_to_hub(self, repo_id: str, *, license: str | None = None, **options: Any) -> CommitInfo:
+        """Push the report (JSON, Markdown, PNG) and a card in one commit.
+
+        Args:
+            repo_id (`str`): made if missing. license (`str`, *optional*): the Hub's identifier of the licence. Never guessed.
+            **options: `commit_message`, `private`, `token`, `revision` and `create_pr`, as for `hf_warmstart.push_to_hub`.
+
+        Returns:
+            The `huggingface_hub.CommitInfo` of the commit.
+
+        Raises:
+            huggingface_hub.errors.HfHubHTTPError: the Hub refused.
+        """
+        from .published import push_report
+
+        return push_report(self, repo_id, license=license, **options)
 
     def to_markdown(self, heading: str = "# Choice of the warm start") -> str:
         """The report in words and tables."""

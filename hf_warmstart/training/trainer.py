@@ -27,6 +27,7 @@ from transformers.trainer_utils import TrainOutput, has_length
 from transformers.utils import CONFIG_NAME
 
 from .._compat import load_checkpoint_weights
+from ..checkpoints.fetch import training_state_folder
 from ..checkpoints.state.parent_state import GROWN_NAME, OWN_STATE, ParentState, read_parent_state
 from ..checkpoints.state.set_aside import set_aside_for_us
 from ..errors import StateError, WarmstartError
@@ -42,6 +43,7 @@ from ..growth.plan import GrowthPlan, GrowthRecord, make_plan
 from ..growth.twin import build
 from ..hub.card import render_card
 from ..hub.save import CARD_NAME
+from ..redaction import UnsavedToken
 from .arguments import WarmstartTrainingArguments
 from .carry import load_grown_state
 from .data_position import ContinuedSampler, SkippedOnce, add_places, place_in_data, samples_seen
@@ -61,7 +63,10 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
         model: a grown model (from `grow`, or loaded from where one was saved).
         args: `WarmstartTrainingArguments`; plain `TrainingArguments` give its defaults.
         warmstart_from (`str` or `os.PathLike`, *optional*): the parent's checkpoint folder, with `optimizer.pt`,
-            `scheduler.pt` and `trainer_state.json`. Without it the run starts like a stock `Trainer`'s.
+            `scheduler.pt` and `trainer_state.json`, or a Hub id. Without it the run starts like a stock `Trainer`'s.
+        warmstart_revision (`str`, *optional*): branch, tag or commit of a Hub id.
+        warmstart_subfolder (`str`, *optional*): where in the repository or folder the checkpoint lies, such as
+            `"checkpoint-500"` where `hub_strategy="all_checkpoints"` put it.
         **kwargs: as for `transformers.Trainer`.
 
     Raises:
@@ -87,9 +92,10 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
         args: WarmstartTrainingArguments | None = None,
         *more: Any,
         warmstart_from: str | os.PathLike | None = None,
+        warmstart_revision: str | None = None,
+        warmstart_subfolder: str = "",
         **kwargs: Any,
     ):
-        self.warmstart_from = warmstart_from
         self.selection: Any = None  # the SelectionReport that this start was chosen by, for the card
         self.parent_state: ParentState | None = None
         self._start: tuple[ParentState, GrowthPlan] | None = None
@@ -100,9 +106,18 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
         self._made_optimizer = self._starts_warm = False
         if warmstart_from is not None and model is not None:
             _last_record(model)
-            if not Path(warmstart_from).is_dir():
-                raise StateError(f"warmstart_from={os.fspath(warmstart_from)!r} is no folder.")
+        if warmstart_from is None and (warmstart_revision or warmstart_subfolder):
+            raise WarmstartError("warmstart_revision and warmstart_subfolder are of warmstart_from; pass that, too.")
+        # Fetched here, so that a fault costs nothing.
+        self.warmstart_from = (
+            None
+            if warmstart_from is None
+            else training_state_folder(warmstart_from, warmstart_revision, warmstart_subfolder)
+        )
         super().__init__(model, args, *more, **kwargs)
+        if self.args.hub_token is not None:
+            # Trainer pickles its arguments and pushes them: a token among them would be published.
+            self.args.hub_token = UnsavedToken(self.args.hub_token)
 
     # -- what the arguments say -----------------------------------------------------------------------------------
 

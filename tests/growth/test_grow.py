@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_warmstart import GrowthConfig, GrowthRecord, grow, plan_growth
 from hf_warmstart.growth import grow as grow_module
-from hf_warmstart.growth import source as source_module
 from hf_warmstart.growth.plan import make_plan
 from hf_warmstart.growth.source import digest
 
@@ -207,7 +206,7 @@ def test_a_target_config_gives_the_sizes():
 
 
 def test_the_parents_commit_is_recorded_where_the_cache_holds_only_one(monkeypatch, tmp_path):
-    monkeypatch.setattr(source_module, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     parent = tiny_model("llama")
     parent.config._name_or_path = "org/tiny"
     snapshots = tmp_path / "models--org--tiny" / "snapshots"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.utils import _http, _runtime
 from transformers import LlamaForCausalLM
 
 from hf_warmstart import Certificate, grow
@@ -49,16 +52,20 @@ def use_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     the constants are replaced, with the two clients that keep an endpoint of their own.
     """
 
-    def use(hub: MiniHub, disable_xet: bool = False) -> MiniHub:
+    def use(hub: MiniHub, xet: str = "on", cache: str = "hub-cache") -> MiniHub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", disable_xet)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / cache))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", xet == "off")
+        if xet == "absent":
+            monkeypatch.setitem(_runtime._package_versions, "hf_xet", "N/A")
+            monkeypatch.setitem(sys.modules, "hf_xet", None)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", hub.url)
         monkeypatch.setattr("transformers.utils.hub._hf_api", None)
-        monkeypatch.setenv("HF_TOKEN", "hf_test")
+        monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))  # between repetitions
+        monkeypatch.setenv("HF_TOKEN", hub.token)
         return hub
 
     return use

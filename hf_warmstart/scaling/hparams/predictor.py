@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from huggingface_hub import ModelCard, ModelHubMixin
+from huggingface_hub import CommitInfo, ModelCard, ModelHubMixin
 
 from ...errors import WarmstartError
 from ..fits.fitting import fit_forms, fit_loss, ridge_of
@@ -279,16 +280,47 @@ class HparamPredictor(
             )
         )
 
-    def push_to_hub(self, repo_id: str, *, license: str | None = None, **kwargs: Any) -> str:  # type: ignore[override]
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        license: str | None = None,
+        commit_message: str = "Upload laws of hyper-parameters",
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        branch: str | None = None,
+        create_pr: bool = False,
+        config: Any = None,
+        model_card_kwargs: Mapping[str, Any] | None = None,
+    ) -> CommitInfo:
         """Push the laws, their draws, the runs as Parquet, a plot and the card in one commit.
 
         Args:
             repo_id (`str`): made if missing. license (`str`, *optional*): the Hub's identifier of the licence. Never guessed.
-            **kwargs: of `ModelHubMixin.push_to_hub`, such as `private`, `token` and `commit_message`.
+            commit_message, private, token, revision, create_pr: as for `hf_warmstart.push_to_hub`. branch, config,
+                model_card_kwargs: what `ModelHubMixin.save_pretrained` hands over; a branch is a revision, the config is ours.
+
+        Returns:
+            The `huggingface_hub.CommitInfo` of the commit.
+
+        Raises:
+            huggingface_hub.errors.HfHubHTTPError: the Hub refused.
         """
-        card = {"repo_id": repo_id, "license": license, **kwargs.pop("model_card_kwargs", {})}
-        message = kwargs.pop("commit_message", "Upload laws of hyper-parameters")
-        return super().push_to_hub(repo_id, commit_message=message, model_card_kwargs=card, **kwargs)
+        from ...hub.commit import commit_folder
+
+        with tempfile.TemporaryDirectory() as folder:
+            card = {"repo_id": repo_id, "license": license, **(model_card_kwargs or {})}
+            self.save_pretrained(folder, model_card_kwargs=card)
+            return commit_folder(
+                folder,
+                repo_id,
+                commit_message=commit_message,
+                private=private,
+                token=token,
+                revision=revision or branch,
+                create_pr=create_pr,
+            )
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """The card: the data's summary, the fit, its limits."""

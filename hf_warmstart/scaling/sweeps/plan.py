@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ...errors import WarmstartError
 from ...growth.source import class_and_config
@@ -136,7 +136,8 @@ def plan_sweep(
     if not (isinstance(sequence_length, int) and sequence_length >= 2):
         raise WarmstartError(f"sequence_length={sequence_length!r} must be an integer of at least 2 tokens.")
     model_class, config = class_and_config(target)
-    if model_class not in MODEL_FOR_CAUSAL_LM_MAPPING.values():
+    # By name: asking the mapping for its classes would import every one of them.
+    if model_class.__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         raise WarmstartError(f"{model_class.__name__} is no causal language model, and a sweep trains these alone.")
     _check_length(config, sequence_length)
     proxies = choose_proxies(model_class, config, sequence_length, asked)
