@@ -13,10 +13,10 @@ from collections.abc import Sequence
 
 from ..errors import WarmstartError
 from ..version import __version__
-from . import advise, certify, fit, grow, plan, recommend, select, sweep, verify
+from . import advise, certify, fit, grow, plan, recommend, report, select, sweep, verify
 from .options import notice, notices
 
-COMMANDS = (plan, certify, grow, verify, advise, select, sweep, fit, recommend)
+COMMANDS = (plan, certify, grow, verify, advise, select, sweep, fit, recommend, report)
 
 
 def make_parser() -> argparse.ArgumentParser:
