@@ -41,7 +41,7 @@ def load_metric(**options: Any) -> Metric:
     Example:
 
         >>> metric = load_metric()
-        >>> metric.add_batch(predictions=[6.0, 3.0], references=[2, 1])
+        >>> metric.add_batch(predictions=[6.0, 3.0], references=[2, 1])     # nats of two rows, and their tokens
         >>> metric.compute()["loss"]
         3.0
     """
