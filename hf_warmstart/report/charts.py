@@ -12,14 +12,21 @@ Points = Sequence[tuple[float, float]]
 COLOURS = ("#1f5fa8", "#b0371b", "#24703a", "#6a3d9a", "#7a5a00", "#444444", "#a0195e", "#006b6b")
 
 
-def lines(series: Mapping[str, Points], *, x: str, y: str, title: str, log: bool = False) -> str:
-    """Lines over a common axis; marks where a line has few points."""
+def lines(
+    series: Mapping[str, Points], *, x: str, y: str, title: str, log: bool = False, from_zero: bool = False
+) -> str:
+    """Lines over a common axis of whole numbers; marks where a line has few points."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, axis = _figure(title)
     for number, (name, points) in enumerate(series.items()):
         xs, ys = zip(*points, strict=True)
         style = "o-" if len(points) < 30 else "-"
         axis.plot(xs, ys, style, ms=3.5, lw=1.4, color=COLOURS[number % len(COLOURS)], label=name)
     axis.set(xlabel=x, ylabel=y)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+    if from_zero:
+        axis.set_ylim(bottom=0)
     if log and all(value > 0 for points in series.values() for _, value in points):
         axis.set_yscale("log")
     return _svg(figure, axis, title, len(series) > 1)
@@ -38,11 +45,11 @@ def bars(groups: Mapping[str, Mapping[str, float]], *, x: str, title: str) -> st
     return _svg(figure, axis, title, len(groups) > 1)
 
 
-def _figure(title: str, height: float = 3.0):
+def _figure(title: str, height: float = 2.8):
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.6, height), layout="constrained")
+    figure = Figure(figsize=(4.8, height), layout="constrained")
     FigureCanvasSVG(figure)
     axis = figure.subplots()
     axis.grid(alpha=0.3)

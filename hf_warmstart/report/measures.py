@@ -19,6 +19,7 @@ from ..growth.configs import model_class_of
 from ..growth.layouts.moves import REFUSALS
 from ..growth.layouts.probe import probe_inputs
 from ..growth.plan import GrowthPlan, GrowthRecord, make_plan
+from ..growth.precision import quiet
 from ..growth.source import read_config
 from ..selection.escape import copies_entries, escape, family
 from ..selection.metrics import effective_rank
@@ -59,7 +60,8 @@ def measure(contents: Contents) -> Measures:
         models if len(models) <= MOST_CHECKPOINTS else [*models[:: len(models) // MOST_CHECKPOINTS + 1], models[-1]]
     )
     for number, (name, folder) in enumerate(shown):
-        model = model_class_of(read_config(folder)).from_pretrained(folder).eval()
+        with quiet():
+            model = model_class_of(read_config(folder)).from_pretrained(folder).eval()
         if number in (0, len(shown) - 1):
             found.spectrum[name] = _spectrum(model, contents)
         _activations(model, name, found)

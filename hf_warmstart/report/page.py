@@ -154,7 +154,11 @@ def _schedule(contents: Contents) -> Section | None:
             f"Schedule policy {start['schedule_policy']}: it began at step {start.get('schedule_start', 0)} of its schedule."
         )
     chart = lines(
-        {"learning rate": told.rates}, x="optimizer step", y="learning rate", title="Learning rate over steps"
+        {"learning rate": told.rates},
+        x="optimizer step",
+        y="learning rate",
+        title="Learning rate over steps",
+        from_zero=True,
     )
     ends = [
         ("first", told.rates[0]),
@@ -194,7 +198,9 @@ def _spectrum(measures: Measures) -> Section | None:
 def _activations(measures: Measures) -> Section | None:
     if not measures.activations:
         return None
-    words = ["Root mean square of the embeddings (0) and of each layer's output, on random tokens."]
+    words = [
+        "Root mean square of the embeddings (0) and of each layer's output, the last after the final norm, on random tokens."
+    ]
     series = {name: list(enumerate(values)) for name, values in measures.activations.items()}
     ends = dict([next(iter(series.items())), list(series.items())[-1]])
     chart = lines(ends, x="layer", y="root mean square", title="Scale of activations")
