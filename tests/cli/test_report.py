@@ -40,6 +40,14 @@ def run(tmp_path_factory) -> Path:
     return folder / "grown"
 
 
+@pytest.fixture(scope="module")
+def text(run, tmp_path_factory) -> str:
+    """The page of that run, measures included."""
+    path = write_report(run, tmp_path_factory.mktemp("page") / "page.html")
+    assert path.stat().st_size < 600_000
+    return path.read_text()
+
+
 class Page(HTMLParser):
     """What a page refers to, and its parts."""
 
@@ -65,9 +73,7 @@ class Page(HTMLParser):
             assert self.open.pop() == tag, f"{tag} closes out of order"
 
 
-def test_the_page_holds_all_sections_and_nothing_is_fetched(run, tmp_path):
-    path = write_report(run, tmp_path / "page.html")
-    text = path.read_text()
+def test_the_page_holds_all_sections_and_nothing_is_fetched(run, text):
     page = Page(text)
     titles = re.findall(r'<h2 id="[^"]*">([^<]*)</h2>', text)
     assert titles == [
@@ -82,11 +88,9 @@ def test_the_page_holds_all_sections_and_nothing_is_fetched(run, tmp_path):
     assert page.open == []
     assert "&lt;b&gt;mind&lt;/b&gt;" in text and "<b>mind</b>" not in text
     assert str(run.parent) not in text
-    assert path.stat().st_size < 600_000
 
 
-def test_pictures_are_well_formed_named_and_scale(run, tmp_path):
-    text = write_report(run, tmp_path / "page.html").read_text()
+def test_pictures_are_well_formed_named_and_scale(text):
     pictures = re.findall(r"<svg .*?</svg>", text, flags=re.S)
     assert len(pictures) == 6
     for picture in pictures:

@@ -53,8 +53,8 @@ def test_python_compiles(block):
     ast.parse(block.text)
 
 
-# Pages that a newcomer reads run always, the others with the slow tests: each trains or certifies something.
-OFTEN = {"README", "adapters", "growth-advice", "space-maps", "tutorial"}
+# The others run with the slow tests: each trains or certifies something for seconds.
+OFTEN = {"README", "adapters", "growth-advice", "space-maps"}
 MARKED = [pytest.param(p, id=p.stem, marks=[] if p.stem in OFTEN else pytest.mark.slow) for p in RUN]
 
 

@@ -43,6 +43,10 @@ def test_block_expansion_trains_new_layers_alone(example, tmp_path, capsys):
     assert "kept the parent's bits: True" in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "child")
     assert model.config.num_hidden_layers == 8 and GrowthRecord.all_of(model.config)
+
+
+@pytest.mark.slow
+def test_depth_up_scaling_trains_everything(example, tmp_path):
     scaled = example("block_expansion")(
         ["--steps", "8", "--output", str(tmp_path), "--depth-operator", "overlap", "--depth", "1.5"]
     )

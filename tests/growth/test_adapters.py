@@ -65,8 +65,12 @@ def difference(parent, child) -> float:
         ("llama", [*ALL, "embed_tokens", "lm_head"], {"width": 2, "width_operator": "exact_copy"}),
         ("gpt2", ["c_attn", "c_proj", "c_fc", "wte"], {"width": 2, "depth": 1.5}),
         ("gpt2", ["c_attn", "c_proj", "c_fc"], {"width": 1.5}),
-        ("gemma2", ["q_proj", "v_proj", "o_proj", "down_proj"], {"width": 2, "depth": 2}),
-        ("phi3", ["qkv_proj", "gate_up_proj", "o_proj", "down_proj"], {"width": 1.5}),
+        pytest.param(
+            "gemma2", ["q_proj", "v_proj", "o_proj", "down_proj"], {"width": 2, "depth": 2}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "phi3", ["qkv_proj", "gate_up_proj", "o_proj", "down_proj"], {"width": 1.5}, marks=pytest.mark.slow
+        ),
         ("llama", ALL, {"num_key_value_heads": 4}),
     ],
     ids=str,

@@ -96,7 +96,7 @@ def test_what_has_nothing_new_is_refused(make, words):
         freeze_parent(model, **options)
 
 
-@pytest.mark.parametrize("policy", ["carry", "asymmetric_reset"])
+@pytest.mark.parametrize("policy", ["carry", pytest.param("asymmetric_reset", marks=pytest.mark.slow)])
 def test_the_trainer_trains_what_is_new_alone_from_the_parents_state(base, tmp_path, policy):
     parent = AutoModelForCausalLM.from_pretrained(base)
     options = {"width": 2, "depth": 2}
