@@ -29,6 +29,15 @@ def example(monkeypatch):
     return load
 
 
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory) -> list[str]:
+    """The option that names a parent, trained once for a few steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES))
+        checkpoint = importlib.import_module("small_text").trained_parent(tmp_path_factory.mktemp("parent"), 12)
+    return ["--parent", str(checkpoint)]
+
+
 @pytest.mark.parametrize("path", SMALL, ids=lambda path: path.stem)
 def test_examples_are_short_and_say_how_to_run_them(path):
     text = path.read_text()
@@ -36,13 +45,13 @@ def test_examples_are_short_and_say_how_to_run_them(path):
     assert path.stem == "small_text" or f"python examples/{path.name}" in text
 
 
-def test_block_expansion_trains_new_layers_alone(example, tmp_path, capsys):
-    found = example("block_expansion")(["--steps", "8", "--output", str(tmp_path)])
+def test_block_expansion_trains_new_layers_alone(example, parent, tmp_path, capsys):
+    found = example("block_expansion")([*parent, "--steps", "8", "--output", str(tmp_path)])
     assert found["child before"] == pytest.approx(found["parent"], abs=1e-5)
     assert found["child after"] != found["child before"]
     assert "kept the parent's bits: True" in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "child")
-    assert model.config.num_hidden_layers == 8 and GrowthRecord.all_of(model.config)
+    assert model.config.num_hidden_layers == 4 and GrowthRecord.all_of(model.config)
 
 
 @pytest.mark.slow
@@ -53,8 +62,8 @@ def test_depth_up_scaling_trains_everything(example, tmp_path):
     assert scaled["child before"] > scaled["parent"] and scaled["child after"] < scaled["child before"]
 
 
-def test_dense_to_experts_begins_at_the_dense_models_loss_and_experts_part(example, tmp_path):
-    found = example("dense_to_experts")(["--steps", "8", "--output", str(tmp_path)])
+def test_dense_to_experts_begins_at_the_dense_models_loss_and_experts_part(example, parent, tmp_path):
+    found = example("dense_to_experts")([*parent, "--steps", "8", "--output", str(tmp_path)])
     assert found["mixture before"] == pytest.approx(found["dense"], abs=1e-4)
     assert found["mixture after"] != found["mixture before"] and found["apart"] > 1e-4
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "mixture").config.num_local_experts == 4
@@ -82,8 +91,8 @@ def test_sweep_to_continue_learns_the_new_domain(example, tmp_path, capsys):
 
 # peft 0.21 still calls names that transformers 5.23 has renamed.
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
-def test_lora_goes_on_where_it_was(example, tmp_path):
-    found = example("lora_across_growth")(["--steps", "8", "--depth", "1.5", "--output", str(tmp_path)])
+def test_lora_goes_on_where_it_was(example, parent, tmp_path):
+    found = example("lora_across_growth")([*parent, "--steps", "20", "--depth", "1.5", "--output", str(tmp_path)])
     assert found["parent, adapted"] < found["parent"]
     assert found["child, adapter grown"] == pytest.approx(found["parent, adapted"], abs=1e-5)
     assert found["child, adapted further"] < found["child, adapter grown"]
