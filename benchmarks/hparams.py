@@ -36,8 +36,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_warmstart import HparamPredictor, WarmstartError, run_sweep
 from hf_warmstart.cli.coverage import versions
-from hf_warmstart.scaling.compute import count_parameters, flops_per_token
-from hf_warmstart.scaling.presets import preset_names
+from hf_warmstart.scaling.hparams.presets import preset_names
 from hf_warmstart.scaling.sweeps.config import SweepConfig
 from hf_warmstart.scaling.sweeps.cost import FORWARD_SHARE, GRID_POINTS, GRID_SEEDS
 from hf_warmstart.scaling.sweeps.design import Limits, Point, best_point, further_points, on_edge
@@ -46,6 +45,7 @@ from hf_warmstart.scaling.sweeps.proxies import Proxy
 from hf_warmstart.scaling.sweeps.run import Sweep
 from hf_warmstart.scaling.sweeps.text import Blocks, read_blocks
 from hf_warmstart.scaling.sweeps.training import Reference, held_out_loss, train
+from hf_warmstart.scaling.tables.compute import count_parameters, flops_per_token
 
 CONFIDENCE = 0.95
 

@@ -32,7 +32,7 @@ from transformers.optimization import Adafactor
 from transformers.trainer_callback import TrainerState
 
 from hf_warmstart import WarmstartError
-from hf_warmstart.checkpoints.parent_state import ParentState, read_parent_state
+from hf_warmstart.checkpoints.state.parent_state import ParentState, read_parent_state
 from hf_warmstart.cli.coverage import versions
 from hf_warmstart.growth.grow import apply_plan
 from hf_warmstart.growth.plan import GrowthPlan

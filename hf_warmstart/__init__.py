@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from .growth.state import grow_optimizer_state
     from .growth.upcycle import upcycle
     from .hub import push_to_hub
-    from .scaling.advise import GrowthAdvice, advise_growth
-    from .scaling.laws import LossLaw
-    from .scaling.predictor import HparamPredictor
-    from .scaling.recommendation import HparamRecommendation
+    from .scaling.fits.laws import LossLaw
+    from .scaling.growing.advise import GrowthAdvice, advise_growth
+    from .scaling.hparams.predictor import HparamPredictor
+    from .scaling.hparams.recommendation import HparamRecommendation
     from .scaling.sweeps import run_sweep
     from .selection.candidates import Candidate
     from .selection.report import SelectionReport

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[
 
 from ..errors import CheckpointError, WarmstartError
 from ..growth.source import ADAPTER_ALONE, holds_adapter_alone
-from .safetensors_layout import INDEX_NAME, SINGLE_NAME
+from .safetensors.layout import INDEX_NAME, SINGLE_NAME
 
 # Weights in other forms than safetensors, and what training left behind, are not fetched.
 NOT_FETCHED = [

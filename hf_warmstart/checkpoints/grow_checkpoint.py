@@ -41,16 +41,16 @@ from ..hub.save import CARD_NAME, GROWTH_NAME
 from .fetch import local_folder
 from .low_disk import HubRepository, HubShards
 from .memory import Pieces, anonymous_memory, bytes_of, pieces
-from .parent_state import GROWN_NAME, SCHEDULER_NAMES
-from .plausible import check_size
 from .ranks import barrier, on_main
-from .safetensors_source import leads_out
-from .sharded import is_sharded
-from .sharded_weights import SHARDED_MODEL, ShardedWeights
-from .staging import Staging, journal_path, staging_folder, write_faults
-from .trainer_files import OPTIMIZER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from .training_files import TrainingFiles
-from .whole_weights import LoadedWeights, StreamedWeights, check_weights, refuse_quantised, whole_weights
+from .safetensors.source import leads_out
+from .state.parent_state import GROWN_NAME, SCHEDULER_NAMES
+from .state.trainer_files import OPTIMIZER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from .state.training_files import TrainingFiles
+from .target.staging import Staging, journal_path, staging_folder, write_faults
+from .torch_files.sharded import is_sharded
+from .weights.plausible import check_size
+from .weights.sharded import SHARDED_MODEL, ShardedWeights
+from .weights.whole import LoadedWeights, StreamedWeights, check_weights, refuse_quantised, whole_weights
 
 logger = logging.getLogger(__name__)
 # What a growth writes anew or leaves out; every other file is taken along as it is.

@@ -25,9 +25,9 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_st
 
 from ..errors import CheckpointError, WarmstartError
 from .fetch import NO_SAFETENSORS, NOT_FETCHED, hub_faults
-from .safetensors_format import short
-from .safetensors_layout import INDEX_NAME, SINGLE_NAME
-from .safetensors_source import Fault, OpenFile, SafetensorsSource, header_of, header_text, open_file
+from .safetensors.format import short
+from .safetensors.layout import INDEX_NAME, SINGLE_NAME
+from .safetensors.source import Fault, OpenFile, SafetensorsSource, header_of, header_text, open_file
 
 FIRST_BYTES = 100_000  # hold the headers of nearly all files, as huggingface_hub found over 1000 models
 TIMEOUT = 60  # seconds without an answer

@@ -30,12 +30,12 @@ from ..version import __version__
 from .fetch import local_folder
 from .grow_checkpoint import one_thread_each
 from .memory import AHEAD, processors
-from .pieces import Assembled
 from .records import checksums, last_record
-from .safetensors_format import nbytes_of, some
-from .safetensors_source import SafetensorsSource
-from .stream import GrownWeights, ParentWeights, ahead, blocks_of, matrix_rows
-from .views import file_view, loaded_view
+from .safetensors.format import nbytes_of, some
+from .safetensors.source import SafetensorsSource
+from .weights.pieces import Assembled
+from .weights.stream import GrownWeights, ParentWeights, ahead, blocks_of, matrix_rows
+from .weights.views import file_view, loaded_view
 
 BLOCK_BYTES = 4 * 2**20
 READ_BYTES = 2**20

@@ -12,7 +12,7 @@ from ..errors import WarmstartError
 from .options import console, write_json
 
 if TYPE_CHECKING:
-    from ..scaling.advise import GrowthAdvice
+    from ..scaling.growing.advise import GrowthAdvice
 
 UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
@@ -46,7 +46,7 @@ def add_to(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the advice; 0."""
-    from ..scaling.advise import advise_growth
+    from ..scaling.growing.advise import advise_growth
 
     numbers, problems = {}, []
     for name in ("params", "tokens", "base_params", "base_tokens"):

@@ -11,7 +11,7 @@ from rich.table import Table
 from .options import console, named_values, write_json
 
 if TYPE_CHECKING:
-    from ..scaling.predictor import HparamPredictor
+    from ..scaling.hparams.predictor import HparamPredictor
 
 EXAMPLES = """examples:
   hf-warmstart fit runs.csv
@@ -72,7 +72,7 @@ def add_to(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Fit, print, save where asked; 0."""
-    from ..scaling.predictor import HparamPredictor
+    from ..scaling.hparams.predictor import HparamPredictor
 
     predictor = HparamPredictor.fit(
         options.runs,

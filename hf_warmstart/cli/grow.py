@@ -136,7 +136,7 @@ def _compared(same: bool | None, options: argparse.Namespace) -> str:
 
 def _check_with(growth: CheckpointGrowth, options: argparse.Namespace) -> str:
     """The command that checks what was written, where one does."""
-    from ..checkpoints.whole_weights import StreamedWeights
+    from ..checkpoints.weights.whole import StreamedWeights
 
     if not isinstance(growth.weights, StreamedWeights):
         return ""

@@ -78,7 +78,7 @@ def add_to(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Recommend; 0, or 2 where no law could."""
-    from ..scaling.compare import laws_named, recommend_by
+    from ..scaling.hparams.compare import laws_named, recommend_by
 
     names = laws_named(options.law)
     files = [f"--{name}" for name in ("yaml", "accelerate", "plot") if getattr(options, name)]
@@ -125,7 +125,7 @@ def _evaluation(options: argparse.Namespace) -> dict[str, Any]:
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..scaling.evaluation import evaluate
+    from ..scaling.tables.evaluation import evaluate
 
     if options.checkpoint is None or options.eval_loss is not None:
         raise WarmstartError("--eval-data measures a CHECKPOINT's loss; --eval-loss gives it. Pass one of the two.")

@@ -263,7 +263,7 @@ class GrowthPlan:
 
         Of a class that is loaded or saved in a way of its own: those of its tensors, without the files' headers.
         """
-        from ..checkpoints.saved_bytes import saved_bytes  # growing knows of no disk
+        from ..checkpoints.weights.saved_bytes import saved_bytes  # growing knows of no disk
 
         try:
             return saved_bytes(self)

@@ -40,7 +40,7 @@ from .facts import (
 from .history import CURVES_NAME, story
 
 if TYPE_CHECKING:
-    from ..scaling.recommendation import HparamRecommendation
+    from ..scaling.hparams.recommendation import HparamRecommendation
     from ..selection.report import SelectionReport
 
 TEMPLATE = Path(__file__).with_name("card_template.md")

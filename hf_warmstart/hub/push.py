@@ -20,7 +20,7 @@ from ..version import __version__
 from .save import files_below, save_grown, stale_weights
 
 if TYPE_CHECKING:
-    from ..scaling.recommendation import HparamRecommendation
+    from ..scaling.hparams.recommendation import HparamRecommendation
     from ..selection.report import SelectionReport
 
 

@@ -24,7 +24,7 @@ from .facts import certify_record, checked_metrics, config_of, records_of, to_js
 from .history import CURVES_NAME, draw_curves, story
 
 if TYPE_CHECKING:
-    from ..scaling.recommendation import HparamRecommendation
+    from ..scaling.hparams.recommendation import HparamRecommendation
     from ..selection.report import SelectionReport
 
 GROWTH_NAME = "growth.json"

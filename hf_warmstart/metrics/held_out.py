@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from transformers import EvalPrediction, PreTrainedModel
 
 from ..errors import WarmstartError
-from ..scaling.evaluation import IGNORED, evaluate
+from ..scaling.tables.evaluation import IGNORED, evaluate
 
 if TYPE_CHECKING:
     from evaluate import Metric

@@ -11,7 +11,7 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME
 
-from ..checkpoints.parent_state import OWN_STATE
+from ..checkpoints.state.parent_state import OWN_STATE
 from ..errors import CheckpointError, WarmstartError
 from ..growth.plan import RECORD_KEY, GrowthRecord
 from ..hub.history import Story, story

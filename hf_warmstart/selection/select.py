@@ -23,8 +23,8 @@ from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..checkpoints.memory import bytes_of
-from ..checkpoints.parent_state import SCHEDULER_NAMES, SHARDED_OPTIMIZER, optimizer_file
-from ..checkpoints.sharded import is_sharded
+from ..checkpoints.state.parent_state import SCHEDULER_NAMES, SHARDED_OPTIMIZER, optimizer_file
+from ..checkpoints.torch_files.sharded import is_sharded
 from ..errors import StateError, WarmstartError
 from ..growth.layout import collect
 from ..growth.source import class_and_config

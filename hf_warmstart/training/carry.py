@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..checkpoints.placement import Rows, from_rows, rows_of_parameter
+from ..checkpoints.torch_files.placement import Rows, from_rows, rows_of_parameter
 from ..errors import StateError
 from ..growth.optimizers import rule_for_entry, rule_for_optimizer, same_buffers
 from ..growth.plan import GrowthPlan

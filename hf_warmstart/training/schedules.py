@@ -26,7 +26,7 @@ from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 
-from ..checkpoints.parent_state import ParentState
+from ..checkpoints.state.parent_state import ParentState
 from ..errors import StateError, WarmstartError
 from ..scaling import tokens_to_loss
 

@@ -27,8 +27,8 @@ from transformers.trainer_utils import TrainOutput, has_length
 from transformers.utils import CONFIG_NAME
 
 from .._compat import load_checkpoint_weights
-from ..checkpoints.parent_state import GROWN_NAME, OWN_STATE, ParentState, read_parent_state
-from ..checkpoints.set_aside import set_aside_for_us
+from ..checkpoints.state.parent_state import GROWN_NAME, OWN_STATE, ParentState, read_parent_state
+from ..checkpoints.state.set_aside import set_aside_for_us
 from ..errors import StateError, WarmstartError
 from ..growth.config import GrowthConfig
 from ..growth.coordinates import (

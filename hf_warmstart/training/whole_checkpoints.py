@@ -10,7 +10,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput, sort_checkpoints
 
-from ..checkpoints.complete import STAGING, clear_staging, discard, last_whole_checkpoint, publish, rotate
+from ..checkpoints.target.complete import STAGING, clear_staging, discard, last_whole_checkpoint, publish, rotate
 from ..errors import StateError
 
 

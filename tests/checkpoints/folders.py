@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from hf_warmstart.checkpoints.safetensors_sink import SafetensorsSink
-from hf_warmstart.checkpoints.staging import Staging
+from hf_warmstart.checkpoints.safetensors.sink import SafetensorsSink
+from hf_warmstart.checkpoints.target.staging import Staging
 
 
 def some_tensors(seed: int = 0) -> dict[str, torch.Tensor]:

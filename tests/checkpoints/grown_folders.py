@@ -10,8 +10,8 @@ import pytest
 from safetensors import safe_open
 
 from hf_warmstart import Certificate, grow_checkpoint
-from hf_warmstart.checkpoints import whole_weights
-from hf_warmstart.checkpoints.safetensors_source import SafetensorsSource
+from hf_warmstart.checkpoints.safetensors.source import SafetensorsSource
+from hf_warmstart.checkpoints.weights import whole as whole_weights
 
 from ..models import tiny_model
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from hf_warmstart.checkpoints import whole_weights
+from hf_warmstart.checkpoints.weights import whole as whole_weights
 from hf_warmstart.growth.certify import Certificate
 from hf_warmstart.hub import save
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from hf_warmstart.checkpoints.grow_checkpoint import prepare_growth
-from hf_warmstart.checkpoints.staging import journal_path, staging_folder
+from hf_warmstart.checkpoints.target.staging import journal_path, staging_folder
 from hf_warmstart.errors import CheckpointError
 
 from .growths import GROWTH, bytes_below, do_not_certify, make_checkpoint

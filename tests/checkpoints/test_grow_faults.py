@@ -26,10 +26,11 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from hf_warmstart import WarmstartError, grow, grow_checkpoint
-from hf_warmstart.checkpoints import training_files, whole_weights
 from hf_warmstart.checkpoints.grow_checkpoint import prepare_growth
-from hf_warmstart.checkpoints.later import Later, save_sharded
-from hf_warmstart.checkpoints.staging import Staging, journal_path, staging_folder
+from hf_warmstart.checkpoints.state import training_files
+from hf_warmstart.checkpoints.target.staging import Staging, journal_path, staging_folder
+from hf_warmstart.checkpoints.torch_files.later import Later, save_sharded
+from hf_warmstart.checkpoints.weights import whole as whole_weights
 from hf_warmstart.cli import main
 from hf_warmstart.errors import CheckpointError, StateError
 

@@ -19,8 +19,8 @@ from hf_warmstart import Certificate, WarmstartError, grow_checkpoint
 from hf_warmstart.checkpoints.fetch import local_folder
 from hf_warmstart.checkpoints.grow_checkpoint import prepare_growth
 from hf_warmstart.checkpoints.low_disk import HubRepository, HubShards
-from hf_warmstart.checkpoints.safetensors_source import SafetensorsSource
-from hf_warmstart.checkpoints.staging import Staging
+from hf_warmstart.checkpoints.safetensors.source import SafetensorsSource
+from hf_warmstart.checkpoints.target.staging import Staging
 from hf_warmstart.cli import main
 from hf_warmstart.errors import CheckpointError
 
@@ -68,7 +68,7 @@ def hub(use_hub, models, monkeypatch) -> Iterator[MiniHub]:
 def _certified(monkeypatch):
     """A certificate takes longer than the growth here, and is not what is tested."""
     certificate = Certificate(True, 0.0, 0.0, [], {}, True, "")
-    monkeypatch.setattr("hf_warmstart.checkpoints.whole_weights.certify_record", lambda config: certificate)
+    monkeypatch.setattr("hf_warmstart.checkpoints.weights.whole.certify_record", lambda config: certificate)
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_warmstart import grow_checkpoint, plan_growth
-from hf_warmstart.checkpoints import whole_weights
 from hf_warmstart.checkpoints.grow_checkpoint import prepare_growth
+from hf_warmstart.checkpoints.weights import whole as whole_weights
 from hf_warmstart.cli import main
 from hf_warmstart.errors import CheckpointError
 

@@ -9,8 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_warmstart import grow, plan_growth
-from hf_warmstart.checkpoints import safetensors_layout, whole_weights
 from hf_warmstart.checkpoints.grow_checkpoint import prepare_growth
+from hf_warmstart.checkpoints.safetensors import layout as safetensors_layout
+from hf_warmstart.checkpoints.weights import whole as whole_weights
 from hf_warmstart.errors import UntraceableError
 from hf_warmstart.growth.source import class_and_config
 
@@ -108,6 +109,6 @@ def test_of_a_class_that_cannot_be_followed_a_plan_counts_the_tensors(monkeypatc
         raise UntraceableError("It cannot be followed.")
 
     model = tiny_model("llama")
-    monkeypatch.setattr("hf_warmstart.checkpoints.saved_bytes.file_view", refuse)
+    monkeypatch.setattr("hf_warmstart.checkpoints.weights.saved_bytes.file_view", refuse)
     plan = plan_growth(model, width=2)
     assert plan.output_bytes == plan.tensor_bytes == 4 * plan.parameters_after

@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from hf_warmstart.checkpoints.pieces import Source, axis_groups
-from hf_warmstart.checkpoints.traced import Trace
+from hf_warmstart.checkpoints.weights.pieces import Source, axis_groups
+from hf_warmstart.checkpoints.weights.traced import Trace
 from hf_warmstart.errors import UntraceableError
 
 SHAPE = (4, 6, 10)

@@ -19,9 +19,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_warmstart.checkpoints import safetensors_sink
-from hf_warmstart.checkpoints.safetensors_layout import folder_bytes, folder_layout
-from hf_warmstart.checkpoints.safetensors_source import SafetensorsSource
+from hf_warmstart.checkpoints.safetensors import sink as safetensors_sink
+from hf_warmstart.checkpoints.safetensors.layout import folder_bytes, folder_layout
+from hf_warmstart.checkpoints.safetensors.source import SafetensorsSource
 from hf_warmstart.errors import CheckpointError
 from tests.models import tiny_model
 

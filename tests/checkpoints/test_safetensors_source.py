@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
-from hf_warmstart.checkpoints.safetensors_format import DTYPES, build_header
-from hf_warmstart.checkpoints.safetensors_source import SafetensorsSource
+from hf_warmstart.checkpoints.safetensors.format import DTYPES, build_header
+from hf_warmstart.checkpoints.safetensors.source import SafetensorsSource
 from hf_warmstart.errors import CheckpointError
 
 from .folders import make_sharded, make_single, some_tensors, specs_of, write_index, write_raw

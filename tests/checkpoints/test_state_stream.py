@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from hf_warmstart import grow_optimizer_state, plan_growth
-from hf_warmstart.checkpoints.later import Later, save_sharded
-from hf_warmstart.checkpoints.sharded import ShardedFolder
-from hf_warmstart.checkpoints.state_stream import number_optimizer_state, optimizer_bytes, write_optimizer
-from hf_warmstart.checkpoints.torch_file import read_state_file
-from hf_warmstart.checkpoints.torch_sink import TorchFileSink, torch_file_bytes
+from hf_warmstart.checkpoints.state.state_stream import number_optimizer_state, optimizer_bytes, write_optimizer
+from hf_warmstart.checkpoints.torch_files.later import Later, save_sharded
+from hf_warmstart.checkpoints.torch_files.sharded import ShardedFolder
+from hf_warmstart.checkpoints.torch_files.sink import TorchFileSink, torch_file_bytes
+from hf_warmstart.checkpoints.torch_files.source import read_state_file
 from hf_warmstart.errors import StateError, WarmstartError
 from hf_warmstart.growth import transform
 
@@ -155,8 +155,8 @@ _IN_LITTLE_MEMORY = """
 import resource, sys, torch
 from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
-from hf_warmstart.checkpoints.state_stream import optimizer_bytes, write_optimizer
-from hf_warmstart.checkpoints.torch_file import read_state_file
+from hf_warmstart.checkpoints.state.state_stream import optimizer_bytes, write_optimizer
+from hf_warmstart.checkpoints.torch_files.source import read_state_file
 from hf_warmstart.growth.config import GrowthConfig
 from hf_warmstart.growth.plan import make_plan
 

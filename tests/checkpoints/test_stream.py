@@ -13,12 +13,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_warmstart import grow, grow_checkpoint, grow_optimizer_state, plan_growth
-from hf_warmstart.checkpoints import safetensors_sink, training_files, whole_weights
 from hf_warmstart.checkpoints.grow_checkpoint import prepare_growth
 from hf_warmstart.checkpoints.memory import Pieces
-from hf_warmstart.checkpoints.safetensors_sink import Shard
-from hf_warmstart.checkpoints.state_stream import number_optimizer_state
-from hf_warmstart.checkpoints.whole_weights import LoadedWeights, StreamedWeights
+from hf_warmstart.checkpoints.safetensors import sink as safetensors_sink
+from hf_warmstart.checkpoints.safetensors.sink import Shard
+from hf_warmstart.checkpoints.state import training_files
+from hf_warmstart.checkpoints.state.state_stream import number_optimizer_state
+from hf_warmstart.checkpoints.weights import whole as whole_weights
+from hf_warmstart.checkpoints.weights.whole import LoadedWeights, StreamedWeights
 from hf_warmstart.errors import UntraceableError
 from hf_warmstart.growth.source import class_and_config
 from hf_warmstart.hub import save

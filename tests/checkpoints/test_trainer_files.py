@@ -5,7 +5,7 @@ import sys
 
 from transformers import trainer, trainer_utils
 
-from hf_warmstart.checkpoints import trainer_files
+from hf_warmstart.checkpoints.state import trainer_files
 
 
 def test_names_are_those_of_transformers():

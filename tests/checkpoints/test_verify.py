@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from hf_warmstart import WarmstartError, grow
-from hf_warmstart.checkpoints import stream
 from hf_warmstart.checkpoints import verify as module
-from hf_warmstart.checkpoints.safetensors_source import SafetensorsSource
+from hf_warmstart.checkpoints.safetensors.source import SafetensorsSource
 from hf_warmstart.checkpoints.verify import verify
+from hf_warmstart.checkpoints.weights import stream
 from hf_warmstart.errors import CheckpointError, UntraceableError
 
 from ..models import FAMILIES, some_tokens, tiny_model

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
-from hf_warmstart.checkpoints.pieces import Assembled
-from hf_warmstart.checkpoints.safetensors_layout import folder_layout
-from hf_warmstart.checkpoints.views import file_view, loaded_view
+from hf_warmstart.checkpoints.safetensors.layout import folder_layout
+from hf_warmstart.checkpoints.weights.pieces import Assembled
+from hf_warmstart.checkpoints.weights.views import file_view, loaded_view
 from hf_warmstart.errors import CheckpointError, UntraceableError
 from hf_warmstart.growth import zoo
 from hf_warmstart.growth.grow import empty_model

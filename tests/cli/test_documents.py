@@ -41,7 +41,7 @@ def test_commands_in_documents_run(document, count, tmp_path, monkeypatch, capsy
 
 
 def test_what_the_document_tells_to_remove_is_what_a_stopped_run_leaves(tmp_path):
-    from hf_warmstart.checkpoints.staging import Staging
+    from hf_warmstart.checkpoints.target.staging import Staging
 
     (line,) = [line for line in commands("docs/streaming.md") if line.startswith("rm ")]
     staging = Staging(tmp_path / "runs" / "wide")

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from hf_warmstart import HparamPredictor
 from hf_warmstart.cli import main
 from hf_warmstart.cli.recommend import count
-from hf_warmstart.scaling.evaluation import evaluate, fingerprint
-from hf_warmstart.scaling.presets import preset_names
+from hf_warmstart.scaling.hparams.presets import preset_names
+from hf_warmstart.scaling.tables.evaluation import evaluate, fingerprint
 
 from ..models import some_tokens, tiny_config, tiny_model
 from ..scaling.planted import Planted

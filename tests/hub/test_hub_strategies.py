@@ -8,8 +8,8 @@ import pytest
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from hf_warmstart import WarmstartTrainer, WarmstartTrainingArguments
-from hf_warmstart.checkpoints.complete import STAGING
-from hf_warmstart.checkpoints.parent_state import OWN_STATE
+from hf_warmstart.checkpoints.state.parent_state import OWN_STATE
+from hf_warmstart.checkpoints.target.complete import STAGING
 
 from ..models import some_tokens
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from hf_warmstart import GrowthAdvice, WarmstartError, advise_growth, grow
-from hf_warmstart.scaling.gain_law import fit_gain
-from hf_warmstart.scaling.growth_laws import GrowthLaws
-from hf_warmstart.scaling.growth_runs import pairs_of, read_runs
-from hf_warmstart.scaling.published_growth import published_laws, published_runs
+from hf_warmstart.scaling.growing.gain_law import fit_gain
+from hf_warmstart.scaling.growing.growth_laws import GrowthLaws
+from hf_warmstart.scaling.growing.growth_runs import pairs_of, read_runs
+from hf_warmstart.scaling.growing.published_growth import published_laws, published_runs
 from tests.models import tiny_config, tiny_model
 
 from .studies import FACTORS, log_ratio, scratch_loss, study

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoConfig, LlamaConfig
 
 from hf_warmstart import WarmstartError
-from hf_warmstart.scaling.compute import attention_spans, count_parameters, flops_per_token, training_flops
+from hf_warmstart.scaling.tables.compute import attention_spans, count_parameters, flops_per_token, training_flops
 
 from ..models import FAMILIES, tiny_config, tiny_model
 

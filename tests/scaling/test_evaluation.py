@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
 from hf_warmstart import WarmstartError
-from hf_warmstart.scaling.evaluation import Fingerprint, evaluate, fingerprint, mapped_loss
+from hf_warmstart.scaling.tables.evaluation import Fingerprint, evaluate, fingerprint, mapped_loss
 
 from ..models import some_tokens, tiny_config, tiny_model
 

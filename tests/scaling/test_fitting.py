@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 
 from hf_warmstart import WarmstartError
-from hf_warmstart.scaling.fitting import fit_forms, fit_loss, ridge_of
-from hf_warmstart.scaling.laws import interval
-from hf_warmstart.scaling.optima import find_optima
-from hf_warmstart.scaling.runs import read_runs
-from hf_warmstart.scaling.settings_law import fit_power_law
+from hf_warmstart.scaling.fits.fitting import fit_forms, fit_loss, ridge_of
+from hf_warmstart.scaling.fits.laws import interval
+from hf_warmstart.scaling.fits.optima import find_optima
+from hf_warmstart.scaling.fits.settings_law import fit_power_law
+from hf_warmstart.scaling.tables.runs import read_runs
 
 from .planted import Planted
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from hf_warmstart import WarmstartError
-from hf_warmstart.scaling.gain_law import fit_gain
-from hf_warmstart.scaling.growth_laws import GrowthLaws, fit_loss_laws
-from hf_warmstart.scaling.growth_runs import equal_loss_tokens, pairs_of, read_runs
-from hf_warmstart.scaling.published_growth import (
+from hf_warmstart.scaling.growing.gain_law import fit_gain
+from hf_warmstart.scaling.growing.growth_laws import GrowthLaws, fit_loss_laws
+from hf_warmstart.scaling.growing.growth_runs import equal_loss_tokens, pairs_of, read_runs
+from hf_warmstart.scaling.growing.published_growth import (
     published,
     published_laws,
     published_loss_laws,

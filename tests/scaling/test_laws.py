@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_warmstart import LossLaw, WarmstartError
-from hf_warmstart.scaling.laws import PowerLaw, interval
+from hf_warmstart.scaling.fits.laws import PowerLaw, interval
 
 COMPUTE = LossLaw(1.5, {"compute": 60.0}, {"compute": 0.09})
 BOTH = LossLaw(1.8172, {"params": 477.8, "tokens": 2143.9}, {"params": 0.3473, "tokens": 0.3672})

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from hf_warmstart import WarmstartError
-from hf_warmstart.scaling.optima import METHODS, NEAR_OPTIMAL, SEED_NOISE, find_optima
-from hf_warmstart.scaling.runs import read_runs
+from hf_warmstart.scaling.fits.optima import METHODS, NEAR_OPTIMAL, SEED_NOISE, find_optima
+from hf_warmstart.scaling.tables.runs import read_runs
 
 from .planted import BOWL, SHAPES, Planted
 

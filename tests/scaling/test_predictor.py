@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 from hf_warmstart import HparamPredictor, WarmstartError
-from hf_warmstart.scaling.evaluation import Fingerprint
-from hf_warmstart.scaling.presets import preset_names
+from hf_warmstart.scaling.hparams.presets import preset_names
+from hf_warmstart.scaling.tables.evaluation import Fingerprint
 
 from .planted import Planted
 from .test_fitting import mixed

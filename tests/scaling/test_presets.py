@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from hf_warmstart import HparamPredictor, WarmstartError
-from hf_warmstart.scaling.predictor import formula
-from hf_warmstart.scaling.presets import LogLaw, preset_data, preset_names, preset_recipe, tuned_recipe
+from hf_warmstart.scaling.hparams.predictor import formula
+from hf_warmstart.scaling.hparams.presets import LogLaw, preset_data, preset_names, preset_recipe, tuned_recipe
 
 
 def law(name: str, setting: str):

@@ -11,10 +11,10 @@ import pytest
 
 from hf_warmstart import HparamPredictor, WarmstartError, grow
 from hf_warmstart.growth.plan import RECORD_KEY
-from hf_warmstart.scaling.compute import count_parameters, flops_per_token
-from hf_warmstart.scaling.evaluation import Fingerprint, evaluate, fingerprint
-from hf_warmstart.scaling.presets import preset_names
-from hf_warmstart.scaling.recommend import _divided
+from hf_warmstart.scaling.hparams.presets import preset_names
+from hf_warmstart.scaling.hparams.recommend import _divided
+from hf_warmstart.scaling.tables.compute import count_parameters, flops_per_token
+from hf_warmstart.scaling.tables.evaluation import Fingerprint, evaluate, fingerprint
 
 from ..models import some_tokens, tiny_config, tiny_model
 from .planted import Planted

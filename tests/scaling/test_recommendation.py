@@ -11,7 +11,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from hf_warmstart import HparamPredictor, WarmstartError, WarmstartTrainingArguments
-from hf_warmstart.scaling.presets import preset_names
+from hf_warmstart.scaling.hparams.presets import preset_names
 
 from ..models import tiny_config, tiny_model
 from .planted import Planted

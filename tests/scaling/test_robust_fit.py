@@ -7,7 +7,7 @@ import pytest
 from scipy.optimize import minimize
 
 from hf_warmstart import WarmstartError
-from hf_warmstart.scaling.robust_fit import HUBER_DELTA, PowerSum, fit, huber, refit
+from hf_warmstart.scaling.fits.robust_fit import HUBER_DELTA, PowerSum, fit, huber, refit
 
 POINTS = np.geomspace(1.0, 1e3, 9)
 STARTS = [[e, a, p] for e in (-1.0, 0.5) for a in (-1.0, 1.0) for p in (0.05, 0.5)]
@@ -73,7 +73,7 @@ def test_a_batch_of_refits_is_the_fits_one_by_one():
 def test_batches_do_not_depend_on_their_size(monkeypatch):
     law, data = floor_and_power(), noisy(1e-3, rows=7)
     whole = refit(law, data, [0.4, 0.7, 0.3])
-    monkeypatch.setattr("hf_warmstart.scaling.robust_fit.BATCH_NUMBERS", 60)
+    monkeypatch.setattr("hf_warmstart.scaling.fits.robust_fit.BATCH_NUMBERS", 60)
     assert refit(law, data, [0.4, 0.7, 0.3]) == pytest.approx(whole, rel=1e-12)
 
 

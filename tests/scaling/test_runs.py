@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 from hf_warmstart import WarmstartError
-from hf_warmstart.scaling.compute import count_parameters
-from hf_warmstart.scaling.runs import COLUMNS, RunTable, read_runs
+from hf_warmstart.scaling.tables.compute import count_parameters
+from hf_warmstart.scaling.tables.runs import COLUMNS, RunTable, read_runs
 
 from ..models import tiny_config
 

@@ -21,7 +21,6 @@ from transformers import LlamaForCausalLM, get_wsd_schedule
 from hf_warmstart import HparamPredictor, WarmstartError, run_sweep
 from hf_warmstart.cli import main
 from hf_warmstart.errors import CheckpointError
-from hf_warmstart.scaling.evaluation import evaluate
 from hf_warmstart.scaling.sweeps import Sweep, SweepConfig
 from hf_warmstart.scaling.sweeps.cost import evaluations, run_flops, run_tokens
 from hf_warmstart.scaling.sweeps.design import Point
@@ -29,6 +28,7 @@ from hf_warmstart.scaling.sweeps.folder import SweepFolder
 from hf_warmstart.scaling.sweeps.proxies import Proxy
 from hf_warmstart.scaling.sweeps.text import read_blocks
 from hf_warmstart.scaling.sweeps.training import Horizon, Reference, accumulate, held_out_loss, new_model, train
+from hf_warmstart.scaling.tables.evaluation import evaluate
 from tests.scaling.sweep_inputs import LENGTH, VOCABULARY, arguments, target, text
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,6 @@ import torch
 from datasets import Dataset
 
 from hf_warmstart import WarmstartError
-from hf_warmstart.scaling.compute import count_parameters
 from hf_warmstart.scaling.sweeps import SweepConfig
 from hf_warmstart.scaling.sweeps.design import (
     Limits,
@@ -24,6 +23,7 @@ from hf_warmstart.scaling.sweeps.design import (
 )
 from hf_warmstart.scaling.sweeps.plan import plan_sweep
 from hf_warmstart.scaling.sweeps.text import check_texts, read_blocks
+from hf_warmstart.scaling.tables.compute import count_parameters
 from tests.models import tiny_config
 from tests.scaling.sweep_inputs import LENGTH, arguments, target
 

@@ -24,7 +24,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArg
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_warmstart import WarmstartTrainer, WarmstartTrainingArguments, grow
-from hf_warmstart.checkpoints.complete import STAGING
+from hf_warmstart.checkpoints.target.complete import STAGING
 
 from ..models import some_tokens, tiny_model
 

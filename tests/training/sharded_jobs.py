@@ -23,9 +23,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, get_cosine_schedule_with_warmup
 
 from hf_warmstart import WarmstartTrainer, grow_checkpoint, plan_growth
-from hf_warmstart.checkpoints import whole_weights
-from hf_warmstart.checkpoints.parent_state import read_parent_state
-from hf_warmstart.checkpoints.sharded import ShardedFolder
+from hf_warmstart.checkpoints.state.parent_state import read_parent_state
+from hf_warmstart.checkpoints.torch_files.sharded import ShardedFolder
+from hf_warmstart.checkpoints.weights import whole as whole_weights
 from hf_warmstart.growth.plan import GrowthPlan
 from hf_warmstart.growth.twin import build
 from hf_warmstart.training import load_grown_state, load_grown_weights

@@ -18,7 +18,7 @@ from accelerate.utils import merge_fsdp_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_warmstart import WarmstartError, grow, grow_checkpoint
-from hf_warmstart.checkpoints.sharded import is_sharded
+from hf_warmstart.checkpoints.torch_files.sharded import is_sharded
 
 from ..models import tiny_model
 from .conftest import BATCH, COMMON, blocks, losses, stock_trainer, warmstart_trainer

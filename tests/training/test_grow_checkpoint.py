@@ -228,7 +228,7 @@ def test_a_fault_leaves_nothing_under_the_targets_name(base, tmp_path, monkeypat
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hf_warmstart.checkpoints.whole_weights.stream_weights", full_disk)
+    monkeypatch.setattr("hf_warmstart.checkpoints.weights.whole.stream_weights", full_disk)
     with pytest.raises(CheckpointError, match="No space"):
         grow_checkpoint(base, tmp_path / "out" / "grown", width=2)
     assert list((tmp_path / "out").iterdir()) == []

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_warmstart import WarmstartError, grow
-from hf_warmstart.checkpoints.complete import STAGING, last_whole_checkpoint, publish
+from hf_warmstart.checkpoints.target.complete import STAGING, last_whole_checkpoint, publish
 from hf_warmstart.growth.plan import GrowthRecord
 
 from ..models import tiny_model
@@ -132,7 +132,7 @@ def test_checkpoints_that_go_lose_their_name_before_their_files(model, tmp_path,
         names = [path.name for path in Path(folder).glob("*")] if Path(folder).exists() else []
         gone.append((Path(folder).name, names, [path.name for path in tmp_path.glob("checkpoint-*")]))
 
-    monkeypatch.setattr("hf_warmstart.checkpoints.complete.shutil.rmtree", look)
+    monkeypatch.setattr("hf_warmstart.checkpoints.target.complete.shutil.rmtree", look)
     trainer = warmstart_trainer(
         model,
         tmp_path,

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, default_data_collator
 from transformers.trainer_callback import TrainerCallback, TrainerState
 
 from hf_warmstart import WarmstartError, WarmstartTrainingArguments, grow, grow_checkpoint
-from hf_warmstart.checkpoints.parent_state import GROWN_NAME, load_file
+from hf_warmstart.checkpoints.state.parent_state import GROWN_NAME, load_file
 from hf_warmstart.errors import StateError
 from hf_warmstart.training import GrownAdamW
 from hf_warmstart.training.data_position import ContinuedSampler, place_in_data

@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import LlamaForCausalLM
 
 from hf_warmstart import grow, grow_checkpoint, grow_optimizer_state, plan_growth
-from hf_warmstart.checkpoints.sharded import ShardedFolder
+from hf_warmstart.checkpoints.torch_files.sharded import ShardedFolder
 from hf_warmstart.errors import StateError
 
 from ..models import some_tokens

@@ -36,7 +36,7 @@ from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKEND
 from transformers.trainer_utils import BestRun
 
 from hf_warmstart import WarmstartTrainer, WarmstartTrainingArguments, grow, grow_checkpoint
-from hf_warmstart.checkpoints.parent_state import OWN_STATE
+from hf_warmstart.checkpoints.state.parent_state import OWN_STATE
 from hf_warmstart.growth.plan import RECORD_KEY
 
 from ..models import some_tokens, tiny_model

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import WarmstartError
-from ..evaluation import Fingerprint
+from ..tables.evaluation import Fingerprint
 from .folder import SWEEP_NAME, TABLE_NAME
 
 

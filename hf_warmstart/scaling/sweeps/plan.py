@@ -14,8 +14,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ...errors import WarmstartError
 from ...growth.source import class_and_config
-from ..compute import count_parameters, flops_per_token, training_flops
-from ..evaluation import Fingerprint, fingerprint
+from ..tables.compute import count_parameters, flops_per_token, training_flops
+from ..tables.evaluation import Fingerprint, fingerprint
 from .config import SweepConfig
 from .cost import GRID_POINTS, GRID_SEEDS, BudgetCost, SweepCost, run_flops
 from .design import Limits, Point, first_centre, first_points

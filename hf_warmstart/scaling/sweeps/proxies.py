@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import SizeError, WarmstartError
 from ...growth.smaller import SmallerModels, SmallerSize
-from ..compute import count_parameters, flops_per_token
+from ..tables.compute import count_parameters, flops_per_token
 from .config import SweepConfig
 
 LARGEST, SMALLEST = 1 / 4, 1 / 24  # of the target's parameters, by default

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import WarmstartError
 from ...version import __version__
-from ..compute import training_flops
+from ..tables.compute import training_flops
 from .config import SweepConfig
 from .cost import run_flops, spent_flops
 from .design import Point, best_point, first_points, further_points, moved_centre, on_edge

@@ -1,0 +1,1 @@
+"""The folder to be: staged, journalled, and there when it is whole."""

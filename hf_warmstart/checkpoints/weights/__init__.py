@@ -1,0 +1,1 @@
+"""A model's weights, grown from files to files."""

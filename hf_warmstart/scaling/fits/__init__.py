@@ -1,0 +1,1 @@
+"""Laws and how they are fitted: numbers in, numbers out."""

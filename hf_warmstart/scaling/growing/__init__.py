@@ -1,0 +1,1 @@
+"""When and how much to grow: the laws behind `advise_growth`, and its answer."""

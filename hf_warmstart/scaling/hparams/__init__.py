@@ -1,0 +1,1 @@
+"""`HparamPredictor`: fitted laws, presets, and what they recommend for a run."""

@@ -1,0 +1,1 @@
+"""What the laws are fitted to and read with: runs, compute, held-out losses."""
