@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .selection.candidates import Candidate
     from .selection.report import SelectionReport
     from .selection.select import select_warmstart
-    from .training import WarmstartTrainer, WarmstartTrainingArguments
+    from .training import WarmstartTrainer, WarmstartTrainingArguments, freeze_parent
 
 _HOMES = {
     "Candidate": ".selection.candidates",
@@ -44,6 +44,7 @@ _HOMES = {
     "WarmstartTrainingArguments": ".training",
     "advise_growth": ".scaling.growing.advise",
     "certify": ".growth.certify",
+    "freeze_parent": ".training",
     "grow": ".growth.grow",
     "grow_checkpoint": ".checkpoints.grow_checkpoint",
     "grow_optimizer_state": ".growth.state",
@@ -71,6 +72,7 @@ __all__ = [
     "__version__",
     "advise_growth",
     "certify",
+    "freeze_parent",
     "grow",
     "grow_checkpoint",
     "grow_optimizer_state",

@@ -11,6 +11,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 
 from ..errors import CheckpointError, StateError, WarmstartError
+from ..growth.source import ADAPTER_ALONE, holds_adapter_alone
 from .safetensors.layout import INDEX_NAME, SINGLE_NAME
 from .state.trainer_files import TRAINER_STATE_NAME
 
@@ -48,6 +49,8 @@ def local_folder(source: str | os.PathLike, revision: str | None = None) -> Path
     with hub_faults(str(source)):
         folder = Path(snapshot_download(str(source), revision=revision, ignore_patterns=NOT_FETCHED))
     if not any((folder / name).exists() for name in (SINGLE_NAME, INDEX_NAME)):
+        if holds_adapter_alone(folder):
+            raise WarmstartError(f"{str(source)!r} cannot be grown from its files. {ADAPTER_ALONE}")
         raise WarmstartError(NO_SAFETENSORS.format(str(source)))
     return folder
 

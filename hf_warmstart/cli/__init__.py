@@ -23,10 +23,10 @@ from typing import NoReturn
 from ..errors import WarmstartError
 from ..redaction import redact
 from ..version import __version__
-from . import advise, certify, completion, fit, grow, plan, push, recipe, recommend, select, sweep, verify
+from . import advise, certify, completion, fit, grow, plan, push, recipe, recommend, report, select, sweep, verify
 from .options import notice, notices
 
-COMMANDS = (plan, certify, grow, verify, advise, select, sweep, fit, recommend, push, recipe, completion)
+COMMANDS = (plan, certify, grow, verify, advise, select, sweep, fit, recommend, push, recipe, report, completion)
 EPILOG = """examples:
   hf-warmstart plan runs/base/checkpoint-500 --width 1.5 --depth 2
   hf-warmstart grow runs/base/checkpoint-500 runs/grown --width 1.5 --depth 2

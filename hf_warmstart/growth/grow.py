@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import logging
 import os
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ExactnessError
+from .adapters import adapted_child, bare_base, merged
 from .config import GrowthConfig
 from .layouts.moves import REFUSALS
 from .layouts.probe import output_of, probe_inputs
@@ -24,6 +26,10 @@ from .source import (
     quantisation,
 )
 from .twin import default_dtype
+from .wrapped import base_of, is_wrapped
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 TAG = "hf_warmstart"
 logger = logging.getLogger(__name__)
@@ -72,7 +78,11 @@ def plan_growth(
 
 @torch.no_grad()
 def grow(
-    model: PreTrainedModel, growth_config: GrowthConfig | PreTrainedConfig | None = None, **options
+    model: PreTrainedModel,
+    growth_config: GrowthConfig | PreTrainedConfig | None = None,
+    *,
+    merge_adapter: bool = False,
+    **options,
 ) -> PreTrainedModel:
     """Grow a model.
 
@@ -80,13 +90,17 @@ def grow(
     each space, so that exact operators keep the function.
 
     Args:
-        model: a `PreTrainedModel`; it is not changed.
+        model: a `PreTrainedModel`, or a `PeftModel` whose LoRA adapters grow with their base; it is not changed.
         growth_config: what to grow; or its fields as keywords; or the target's config.
+        merge_adapter (`bool`, defaults to `False`): grow a `PeftModel` with its active adapters merged into the weights. It
+            costs a second copy of the parent for the while.
         **options: fields of `GrowthConfig`, or sizes by their transformers names (`hidden_size=768`).
 
     Returns:
         A new model of the same class, dtype, device and mode, ready for `save_pretrained` and `push_to_hub`. Its config
-        carries the record of the growth under `warmstart`.
+        carries the record of the growth under `warmstart`. Of a `PeftModel`: a `PeftModel` with the same adapters, their
+        rank, scaling and training unchanged; its base has the very weights that the base alone would have grown to. With
+        `merge_adapter` the class that was wrapped.
 
     Raises:
         WarmstartError: what was asked cannot be done; nothing was made.
@@ -102,12 +116,29 @@ def grow(
 
     Source: the general form follows arXiv 2310.07999 and 2409.12903; each operator's file names its own.
     """
+    if is_wrapped(model) and not merge_adapter:
+        return _grow_with_adapters(model, growth_config, options)
+    if is_wrapped(model):
+        model = merged(model)
     check_model(model)
     plan = plan_growth(model, growth_config, **options)
     child = apply_plan(model, plan)
     if plan.exact:
         spot_check(model, child)
     return child
+
+
+def _grow_with_adapters(model: PeftModel, growth_config: Any, options: dict[str, Any]) -> PeftModel:
+    """A model with adapters: the base as if it had none, then they."""
+    bare = bare_base(model)
+    plan = plan_growth(bare, growth_config, **options)
+    child = apply_plan(bare, plan)
+    if plan.exact:
+        spot_check(bare, child)
+    grown = adapted_child(model, child, plan)
+    if plan.exact:
+        spot_check(base_of(model), base_of(grown))
+    return grown
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from transformers.utils import CONFIG_NAME
 from ..errors import WarmstartError
 from .configs import COUNTS_LAYERS, model_class_of
 from .twin import FAULTS
+from .wrapped import base_of, is_wrapped
 
 # Of these a config makes lists and modules, one for each, before anything can be compared with its weights.
 COUNTS = re.compile(rf"{COUNTS_LAYERS}|num_labels")
@@ -30,6 +31,14 @@ UNQUANTISED = (
 )
 
 
+# peft has names for these, and takes a second to import.
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+ADAPTER_ALONE = (
+    "It holds an adapter, and not the base that it belongs to. Load both (AutoPeftModelForCausalLM.from_pretrained) and grow "
+    "that model; or save its merge_and_unload(), and grow that folder."
+)
+
+
 def class_and_config(
     source: PreTrainedModel | PreTrainedConfig | str | os.PathLike,
 ) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
@@ -39,7 +48,10 @@ def class_and_config(
     if isinstance(source, (str, os.PathLike)):
         config = read_config(source)
         return model_class_of(config), config
-    check_model(source)
+    if is_wrapped(source):
+        source = base_of(source)  # a plan is of the base; adapters follow it
+    else:
+        check_model(source)
     return type(source), source.config
 
 
@@ -54,7 +66,9 @@ def read_config(source: str | os.PathLike) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except FAULTS as error:
         advice = ""
-        if Path(source).is_dir() and not Path(source, CONFIG_NAME).exists():
+        if holds_adapter_alone(source):
+            advice = f" {ADAPTER_ALONE}"
+        elif Path(source).is_dir() and not Path(source, CONFIG_NAME).exists():
             advice = (
                 f" Put the model's {CONFIG_NAME} there (model.config.save_pretrained(folder)): a Trainer that saves in "
                 "shards leaves it out."
@@ -63,6 +77,11 @@ def read_config(source: str | os.PathLike) -> PreTrainedConfig:
             advice = " No code from a checkpoint is run here: load the model as you trust it, and pass it to grow()."
         words = f"{error}" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
         raise WarmstartError(f"No model config could be read from {str(source)!r}: {words}{advice}") from error
+
+
+def holds_adapter_alone(folder: str | os.PathLike) -> bool:
+    """Whether a folder holds an adapter of peft without a model."""
+    return Path(folder, ADAPTER_CONFIG_NAME).is_file() and not Path(folder, CONFIG_NAME).is_file()
 
 
 def _check_file(path: Path) -> None:
@@ -97,11 +116,12 @@ def check_model(model: object) -> None:
     """Raise unless an object is a plain `PreTrainedModel` whose weights can be grown."""
     if getattr(model, "_hf_peft_config_loaded", False):
         raise WarmstartError(
-            f"{type(model).__name__} has adapters attached. Merge or delete them (model.delete_adapter) before growing."
+            f"{type(model).__name__} has adapters attached. Load them with peft (PeftModel.from_pretrained), which grows, or "
+            "delete them (model.delete_adapter)."
         )
-    if "peft" in type(model).__module__:
+    if is_wrapped(model):
         raise WarmstartError(
-            f"{type(model).__name__} wraps a model with adapters. Merge them first: grow(model.merge_and_unload(), ...)."
+            f"{type(model).__name__} wraps a model with adapters. Merge them first: model.merge_and_unload()."
         )
     if not isinstance(model, PreTrainedModel):
         raise WarmstartError(f"A PreTrainedModel is needed, got {type(model).__name__}.")

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import pprint
+import re
 import shlex
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,18 +24,23 @@ from ..growth.certify import LOGITS_TOLERANCE, PULLBACK_TOLERANCE, Certificate
 from ..growth.configs import model_class_of
 from ..growth.grow import TAG
 from ..growth.plan import RECORD_KEY, GrowthRecord
+from .citations import papers_of
 from .facts import (
+    PARENT,
     certify_record,
     checked_metrics,
     config_of,
     is_hub_id,
     origin,
+    parent_license,
     records_of,
     scalar_changes,
     to_json,
 )
+from .history import CURVES_NAME, story
 
 if TYPE_CHECKING:
+    from ..scaling.hparams.recommendation import HparamRecommendation
     from ..selection.report import SelectionReport
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -42,6 +48,8 @@ TASK = "text-generation"
 # What `Trainer.evaluate()` says of the measurement rather than of the model: shown, but no result in the metadata.
 CIRCUMSTANCES = {
     "epoch",
+    "eval_bytes",
+    "eval_loss_error",
     "eval_runtime",
     "eval_samples",
     "eval_samples_per_second",
@@ -55,11 +63,14 @@ def render_card(
     *,
     certificate: Certificate | None = None,
     metrics: Mapping[str, float] | None = None,
+    parent_metrics: Mapping[str, float] | None = None,
     dataset: str | None = None,
     license: str | None = None,
     model_name: str | None = None,
     selection: SelectionReport | None = None,
     recipe: str | None = None,
+    history: Iterable[Mapping[str, Any]] | None = None,
+    recommendation: HparamRecommendation | None = None,
 ) -> ModelCard:
     """The card of a grown model.
 
@@ -68,11 +79,17 @@ def render_card(
         certificate (`Certificate`, *optional*): of the last growth; measured when it is not given (seconds).
         metrics (`dict[str, float]`, *optional*): evaluation results under the names of `Trainer.evaluate()`, such as
             `{"eval_loss": 3.2, "eval_tokens": 65536}`.
+        parent_metrics (`dict[str, float]`, *optional*): the same of the parent, on the same data.
         dataset (`str`, *optional*): Hub id or name of the data of `metrics`. Without it the metrics stand in the text
             only, since the metadata's `model-index` needs a dataset.
-        license (`str`, *optional*): the Hub's identifier of the licence. Never guessed.
+        license (`str`, *optional*): the Hub's identifier of the licence; `"parent"` takes what the parent's own card on the Hub
+            says. Never guessed.
         model_name (`str`, *optional*): the title; by default it names class and parent.
+        selection (`SelectionReport`, *optional*): by which this start was chosen; its picture is `selection.png` beside it.
         recipe (`str`, *optional*): the YAML of `hf-warmstart run` that made the model.
+        history (*optional*): `trainer.state.log_history` of the run since the growth; its picture is `curves.png` beside the
+            card, which `save_grown` and `push_to_hub` draw.
+        recommendation (`HparamRecommendation`, *optional*): settings for going on, from `HparamPredictor.recommend`.
 
     Returns:
         A `huggingface_hub.ModelCard`: `.data` holds the metadata, `.save(path)` writes it. The model is untouched.
@@ -91,7 +108,8 @@ def render_card(
     """
     config = config_of(model)
     records = records_of(config)
-    results = checked_metrics(metrics)
+    results, parents_results = checked_metrics(metrics), checked_metrics(parent_metrics)
+    told = story(history)
     certificate = certificate or certify_record(config)
     record, rebuilt = records[-1], origin(records)
     source = rebuilt[0]
@@ -99,6 +117,7 @@ def render_card(
     dtype = model.dtype if isinstance(model, PreTrainedModel) else config.dtype or "float32"
     title = model_name or f"{architecture} grown from {source.parent or 'a model without a name'}"
     before, after = record.parameters
+    licence = parent_license(source) if license == PARENT else {"license": license} if license else {}
     return ModelCard.from_template(
         _metadata(
             config,
@@ -107,7 +126,7 @@ def render_card(
                 *chain.from_iterable(item.operators for item in records),
                 *(getattr(model, "model_tags", None) or ()),
             ],
-            license=license,
+            licence=licence,
             eval_results=_eval_results(results, dataset) if _writes_text(config) else [],
             title=title,
         ),
@@ -121,10 +140,21 @@ def render_card(
         frozen_entries=_number(sum(certificate.frozen.values())),
         from_hub=is_hub_id(source),
         growth_factor=f"{after / before:.3f}",
-        license=license,
+        license=licence.get("license"),
+        license_is_parents=license == PARENT,
         logits_error=_error(certificate.max_relative_error),
         logits_tolerance=f"{LOGITS_TOLERANCE:.0e}",
-        metric_rows=[(name, _number(value)) for name, value in results.items()],
+        metric_rows=_metric_rows(results, parents_results),
+        parent_measured=bool(parents_results),
+        papers=[paper.to_bibtex() for paper in papers_of(chain.from_iterable(item.operators for item in records))],
+        parameters_after=after,
+        recommended=recommendation.to_yaml(output_dir="runs/continued").strip()
+        if recommendation is not None
+        else None,
+        recommendation=recommendation,
+        story=told,
+        tokens_seen=_number(told.tokens) if told and told.tokens else None,
+        curves=CURVES_NAME if told and told.has_curves else None,
         operators=_operators(record.operators),
         parameters=[_number(before), _number(after)],
         parent=_parent(source),
@@ -147,19 +177,18 @@ def _metadata(
     source: GrowthRecord,
     *,
     tags: list[str],
-    license: str | None,
+    licence: Mapping[str, str],
     eval_results: list[EvalResult],
     title: str,
 ) -> ModelCardData:
     """The YAML block at the head of the card."""
-    optional: dict[str, Any] = {}
+    optional: dict[str, Any] = dict(licence)
     if is_hub_id(source):
         optional |= {"base_model": source.parent, "base_model_relation": "finetune"}
     if eval_results:
         optional |= {"model_name": title, "eval_results": eval_results}
     return ModelCardData(
         library_name="transformers",
-        license=license,
         pipeline_tag=TASK if _writes_text(config) else None,
         tags=list(dict.fromkeys([TAG, *tags])),
         **optional,
@@ -172,7 +201,7 @@ def _eval_results(metrics: Mapping[str, float], dataset: str | None) -> list[Eva
     return [
         EvalResult(
             task_type=TASK,
-            dataset_type=dataset,
+            dataset_type=_dataset_id(dataset),
             dataset_name=dataset,
             metric_type=name.removeprefix("eval_"),
             metric_name=name if tokens is None else f"{name} over {_number(tokens)} tokens",
@@ -181,6 +210,19 @@ def _eval_results(metrics: Mapping[str, float], dataset: str | None) -> list[Eva
         for name, value in metrics.items()
         if dataset and name not in CIRCUMSTANCES
     ]
+
+
+def _dataset_id(name: str) -> str:
+    """A name as the Hub takes it for a data set's id: letters, digits, `_`, `-` and `.`, after at most one owner."""
+    if re.fullmatch(r"(?:[\w-]+/)?[\w.-]+", name, flags=re.ASCII):
+        return name
+    return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-") or "unnamed"
+
+
+def _metric_rows(results: Mapping[str, float], parents: Mapping[str, float]) -> list[tuple[str, ...]]:
+    """Name, the parent's value and the grown model's, of every metric that either has."""
+    names = [*results, *(name for name in parents if name not in results)]
+    return [(name, *(_number(found[name]) if name in found else "" for found in (parents, results))) for name in names]
 
 
 def _writes_text(config: PreTrainedConfig) -> bool:

@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -15,6 +16,8 @@ from ..errors import WarmstartError
 from ..growth.certify import Certificate, certify
 from ..growth.config import GrowthConfig
 from ..growth.plan import GrowthRecord
+
+PARENT = "parent"  # as a licence: the parent's own
 
 
 def config_of(model: PreTrainedModel | PreTrainedConfig) -> PreTrainedConfig:
@@ -62,6 +65,22 @@ def is_hub_id(record: GrowthRecord) -> bool:
     except HFValidationError:
         return False
     return bool(record.parent) and ("/" in record.parent or record.revision is not None)
+
+
+def parent_license(record: GrowthRecord) -> dict[str, str]:
+    """What a parent's own card on the Hub says of its licence: `license`, with name and link where it is none of the Hub's.
+
+    Empty where the parent is not on the Hub, cannot be reached, or says nothing.
+    """
+    if not is_hub_id(record):
+        return {}
+    try:
+        path = hf_hub_download(record.parent, "README.md", revision=record.revision)
+        said = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    except (HFValidationError, HTTPError, OSError, ValueError):
+        return {}
+    found = {name: said.get(name) for name in ("license", "license_name", "license_link")}
+    return {name: value for name, value in found.items() if isinstance(value, str)} if found["license"] else {}
 
 
 def scalar_changes(record: GrowthRecord) -> list[tuple[str, list]]:

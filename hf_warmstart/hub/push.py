@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel
@@ -14,6 +14,7 @@ from .commit import commit_folder
 from .save import save_grown
 
 if TYPE_CHECKING:
+    from ..scaling.hparams.recommendation import HparamRecommendation
     from ..selection.report import SelectionReport
 
 
@@ -23,9 +24,12 @@ def push_to_hub(
     *,
     certificate: Certificate | None = None,
     metrics: Mapping[str, float] | None = None,
+    parent_metrics: Mapping[str, float] | None = None,
     dataset: str | None = None,
-    license: str | None = None,
+    license: str | None = "parent",
     selection: SelectionReport | None = None,
+    history: Iterable[Mapping[str, Any]] | None = None,
+    recommendation: HparamRecommendation | None = None,
     commit_message: str | None = None,
     private: bool | None = None,
     token: bool | str | None = None,
@@ -45,10 +49,14 @@ def push_to_hub(
         certificate (`Certificate`, *optional*): of the last growth; measured when it is not given (seconds).
         metrics (`dict[str, float]`, *optional*): evaluation results under the names of `Trainer.evaluate()`, such as
             `{"eval_loss": 3.2, "eval_tokens": 65536}`.
+        parent_metrics (`dict[str, float]`, *optional*): the same of the parent, on the same data.
         dataset (`str`, *optional*): Hub id or name of the data of `metrics`. Without it the metrics stand in the card's
             text only.
-        license (`str`, *optional*): the Hub's identifier of the licence. Never guessed.
+        license (`str`, defaults to `"parent"`): the Hub's identifier of the licence; `"parent"` takes what the parent's own
+            card on the Hub says, nothing where there is none. Never guessed.
         selection (`SelectionReport`, *optional*): by which this start was chosen; its files and its table go along.
+        history (*optional*): `trainer.state.log_history` of the run since the growth; its curves go along as `curves.png`.
+        recommendation (`HparamRecommendation`, *optional*): settings for going on, from `HparamPredictor.recommend`.
         commit_message (`str`, *optional*): defaults to `"Upload grown <class>"`.
         private (`bool`, *optional*): whether a new repository is private; None takes the owner's default.
         token (`bool` or `str`, *optional*): as in `huggingface_hub`; None takes the one that is logged in.
@@ -77,10 +85,13 @@ def push_to_hub(
             folder,
             certificate=certificate,
             metrics=metrics,
+            parent_metrics=parent_metrics,
             dataset=dataset,
             license=license,
             model_name=repo_id.rpartition("/")[2],
             selection=selection,
+            history=history,
+            recommendation=recommendation,
             **save_kwargs,
         )
         return commit_folder(

@@ -12,7 +12,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -21,8 +21,10 @@ from ..growth.certify import Certificate
 from ..version import __version__
 from .card import render_card
 from .facts import certify_record, checked_metrics, config_of, records_of, to_json
+from .history import CURVES_NAME, draw_curves, story
 
 if TYPE_CHECKING:
+    from ..scaling.hparams.recommendation import HparamRecommendation
     from ..selection.report import SelectionReport
 
 GROWTH_NAME = "growth.json"
@@ -39,10 +41,13 @@ def save_grown(
     *,
     certificate: Certificate | None = None,
     metrics: Mapping[str, float] | None = None,
+    parent_metrics: Mapping[str, float] | None = None,
     dataset: str | None = None,
     license: str | None = None,
     model_name: str | None = None,
     selection: SelectionReport | None = None,
+    history: Iterable[Mapping[str, Any]] | None = None,
+    recommendation: HparamRecommendation | None = None,
     **save_kwargs,
 ) -> Path:
     """Save a grown model with `growth.json` (records, certificate, metrics) and a `README.md` card.
@@ -53,10 +58,14 @@ def save_grown(
         certificate (`Certificate`, *optional*): of the last growth; measured when it is not given (seconds).
         metrics (`dict[str, float]`, *optional*): evaluation results under the names of `Trainer.evaluate()`, such as
             `{"eval_loss": 3.2, "eval_tokens": 65536}`.
+        parent_metrics (`dict[str, float]`, *optional*): the same of the parent, on the same data.
         dataset (`str`, *optional*): Hub id or name of the data of `metrics`.
-        license (`str`, *optional*): the Hub's identifier of the licence. Never guessed.
+        license (`str`, *optional*): the Hub's identifier of the licence; `"parent"` takes what the parent's own card on the Hub
+            says. Never guessed.
         model_name (`str`, *optional*): the card's title; by default it names class and parent.
         selection (`SelectionReport`, *optional*): by which this start was chosen; its files and its table go along.
+        history (*optional*): `trainer.state.log_history` of the run since the growth; its curves go along as `curves.png`.
+        recommendation (`HparamRecommendation`, *optional*): settings for going on, from `HparamPredictor.recommend`.
         **save_kwargs: passed to `save_pretrained`, such as `max_shard_size="5GB"`.
 
     Returns:
@@ -83,14 +92,19 @@ def save_grown(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise WarmstartError(f"{folder} is a file. Pass the folder to save into.")
+    history = list(history or ())
+    told = story(history)
     texts = description(
         model,
         certificate=certificate,
         metrics=metrics,
+        parent_metrics=parent_metrics,
         dataset=dataset,
         license=license,
         model_name=model_name,
         selection=selection,
+        history=history,
+        recommendation=recommendation,
     )
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as made:
@@ -99,6 +113,8 @@ def save_grown(
             Path(made, name).write_text(text, encoding="utf-8")
         if selection is not None:
             selection.save(made)
+        if told is not None and told.has_curves:
+            draw_curves(told, Path(made, CURVES_NAME))
         written = files_below(made)
         for name in written:
             target = folder / name
@@ -114,18 +130,22 @@ def description(
     *,
     certificate: Certificate | None = None,
     metrics: Mapping[str, float] | None = None,
+    parent_metrics: Mapping[str, float] | None = None,
     dataset: str | None = None,
     license: str | None = None,
     model_name: str | None = None,
     files: Mapping[str, Mapping[str, str | int]] | None = None,
     selection: SelectionReport | None = None,
     recipe: str | None = None,
+    history: Iterable[Mapping[str, Any]] | None = None,
+    recommendation: HparamRecommendation | None = None,
 ) -> dict[str, str]:
     """What lies beside the weights of a grown model: the texts of `growth.json` and of the card, by file name.
 
     Args:
         model: a grown model, or its config. files: size and sha256 of each file of weights, where they are known.
-        certificate, metrics, dataset, license, model_name, selection: as for `save_grown`.
+        certificate, metrics, parent_metrics, dataset, license, model_name, selection, history, recommendation: as for
+            `save_grown`.
         recipe: as for `render_card`.
 
     Raises:
@@ -139,17 +159,21 @@ def description(
         model,
         certificate=certificate,
         metrics=results,
+        parent_metrics=parent_metrics,
         dataset=dataset,
         license=license,
         model_name=model_name,
         selection=selection,
         recipe=recipe,
+        history=history,
+        recommendation=recommendation,
     )
     facts = {
         "library_version": __version__,
         "records": [record.to_dict() for record in records],
         "certificate": certificate.to_dict(),
         "metrics": results,
+        **({"parent_metrics": checked_metrics(parent_metrics)} if parent_metrics else {}),
         "dataset": dataset,
         **({} if files is None else {"files": files}),
     }

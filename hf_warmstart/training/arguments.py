@@ -12,6 +12,7 @@ from .data_position import DATA_POLICIES
 from .schedules import SCHEDULE_POLICIES
 
 TRANSFERS = ("mup",)
+TRAINED = ("all", "new")
 
 
 @dataclass
@@ -43,6 +44,8 @@ class WarmstartTrainingArguments(TrainingArguments):
             the order that the same `seed` gives; `"restart"` begins them anew.
         learning_rate_transfer (`str`, *optional*): `"mup"` takes `learning_rate` as tuned at the parent's width and divides
             it, for matrices, by the growth of what they read (arXiv 2203.03466).
+        train_only (`str`, defaults to `"all"`): `"new"` freezes all that the model has from its parent: layers that the growth
+            added train, and new entries of tensors that it widened (`freeze_parent`; arXiv 2401.02415).
         parent_coordinates (`bool`, defaults to `False`): run in the parent's coordinates, so that an exact copy follows
             its parent step for step. A diagnostic that costs the larger model's compute for the parent's progress.
 
@@ -81,6 +84,9 @@ class WarmstartTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": f"How learning_rate is taken from the parent's width: one of {list(TRANSFERS)}."},
     )
+    train_only: str = field(
+        default="all", metadata={"help": f"What is trained: one of {list(TRAINED)}; new is what the growth added."}
+    )
     parent_coordinates: bool = field(
         default=False,
         metadata={"help": "Diagnostic: run in the parent's coordinates, so that an exact copy follows its parent."},
@@ -89,6 +95,7 @@ class WarmstartTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         check_state_policy(self.state_policy)
         _check_choice("schedule_policy", self.schedule_policy, SCHEDULE_POLICIES)
+        _check_choice("train_only", self.train_only, TRAINED)
         _check_choice("data_policy", self.data_policy, DATA_POLICIES)
         _check_choice("learning_rate_transfer", self.learning_rate_transfer, (None, *TRANSFERS))
         sources = [name for name in ("equal_loss_step", "equal_loss_run") if getattr(self, name) is not None]
@@ -105,6 +112,8 @@ class WarmstartTrainingArguments(TrainingArguments):
             raise WarmstartError("parent_coordinates fixes every rate; leave learning_rate_transfer out.")
         if self.parent_coordinates and self.state_policy == "asymmetric_reset":
             raise WarmstartError("In the parent's coordinates nothing is new; pass state_policy='carry'.")
+        if self.parent_coordinates and self.train_only == "new":
+            raise WarmstartError("In the parent's coordinates nothing is new; pass train_only='all'.")
         super().__post_init__()
 
 

@@ -42,16 +42,20 @@ from ..growth.coordinates import (
 from ..growth.plan import GrowthPlan, GrowthRecord, make_plan
 from ..growth.twin import build
 from ..hub.card import render_card
+from ..hub.history import CURVES_NAME, draw_curves, story
 from ..hub.save import CARD_NAME
 from ..redaction import UnsavedToken
 from .arguments import WarmstartTrainingArguments
 from .carry import load_grown_state
 from .data_position import ContinuedSampler, SkippedOnce, add_places, place_in_data, samples_seen
 from .grown_adamw import GrownAdamW
+from .new_parts import NewParts, freeze_parent
 from .schedules import check_decays, place_schedule, ramp_schedule, starting_position
 from .whole_checkpoints import WholeCheckpointsTrainer
 
 LONG_DIAGNOSTIC = 1000
+# What `load_dataset` calls data that it read from files or code.
+FILE_FORMATS = {"text", "json", "csv", "parquet", "arrow", "pandas", "generator", "webdataset", "xml"}
 
 
 class WarmstartTrainer(WholeCheckpointsTrainer):
@@ -103,6 +107,7 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
         self._data_place: list[int] | None = None
         self._stream_skip = 0
         self._factors: dict[str, Factors] | None = None
+        self.new_parts: NewParts | None = None  # what alone is trained, under train_only="new"
         self._made_optimizer = self._starts_warm = False
         if warmstart_from is not None and model is not None:
             _last_record(model)
@@ -218,7 +223,9 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
         """The parent without weights, its parameters frozen where those of the child are."""
         plan = self._plan_from(config)
         parent = build(type(self.model), plan.source_config, "meta")
-        trainable = {plan.source_name(name) for name, p in self.model.named_parameters() if p.requires_grad}
+        frozen = self.new_parts  # what this run froze, its parent trained
+        trained = frozen.trained_before if frozen else [n for n, p in self.model.named_parameters() if p.requires_grad]
+        trainable = {plan.source_name(name) for name in trained}
         for name, parameter in parent.named_parameters():
             parameter.requires_grad_(name in trainable)
         return parent
@@ -240,6 +247,15 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
         made = self.optimizer is None
         self._made_optimizer = self._made_optimizer or made
         target = model if model is not None else self.model
+        if made and self._option("train_only") == "new":
+            if self.new_parts is not None:
+                self.new_parts.release()
+            self.new_parts = freeze_parent(target)
+            if self.is_fsdp_enabled and self.new_parts.masks:
+                raise WarmstartError(
+                    "train_only='new' holds single entries of tensors that FSDP cuts up. Train on one device or with DDP, or "
+                    "grow in depth alone."
+                )
         classes = self.optimizer_cls_and_kwargs
         if made and self._option("state_policy") == "asymmetric_reset" and classes is None:
             self.optimizer_cls_and_kwargs = self._grown_adamw(target)
@@ -249,9 +265,10 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
             self.optimizer_cls_and_kwargs = classes  # another trial of a search has another learning rate
         names = {id(p): name for name, p in target.named_parameters()}
         coordinates, transfer = self._option("parent_coordinates"), self._option("learning_rate_transfer")
-        if not self._made_optimizer and (transfer or coordinates):
+        if not self._made_optimizer and (transfer or coordinates or self._option("train_only") == "new"):
             raise WarmstartError(
-                "parent_coordinates and learning_rate_transfer make their own parameter groups; pass no optimizer beside them."
+                "parent_coordinates, learning_rate_transfer and train_only='new' make their own parameter groups; pass no "
+                "optimizer beside them."
             )
         # A new optimizer has no state yet, so its groups can simply be others.
         if made and coordinates:
@@ -265,6 +282,8 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
             optimizer.param_groups[:] = coordinate_groups(optimizer, names, self._factors)
         elif made and transfer:
             optimizer.param_groups[:] = transferred_groups(optimizer, names, self._plan())
+        if made and self.new_parts is not None:
+            self.new_parts.hold(optimizer)
         for group in optimizer.param_groups:
             group["param_names"] = [names[id(parameter)] for parameter in group["params"]]
         self.optimizer = optimizer
@@ -412,14 +431,18 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
         if not isinstance(self.model, PreTrainedModel) or not GrowthRecord.all_of(self.model.config):
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
+            told = story(self.state.log_history)
             card = render_card(
                 self.model,
                 metrics=_last_evaluation(self.state.log_history),
-                dataset=kwargs.get("dataset"),
+                dataset=_dataset_name(kwargs.get("dataset"), self.eval_dataset),
                 license=kwargs.get("license"),
                 model_name=kwargs.get("model_name"),
                 selection=self.selection,
+                history=self.state.log_history,
             )
+            if told is not None and told.has_curves:
+                draw_curves(told, Path(self.args.output_dir, CURVES_NAME))
             if self.selection is not None:
                 self.selection.save(self.args.output_dir)
             card.save(Path(self.args.output_dir, CARD_NAME))
@@ -462,6 +485,14 @@ def _last_evaluation(history: list[dict[str, Any]]) -> dict[str, float]:
     """The numbers of the last evaluation that a trainer logged."""
     rows = [row for row in history if "eval_loss" in row]
     return {name: value for name, value in rows[-1].items() if name.startswith("eval_")} if rows else {}
+
+
+def _dataset_name(given: Any, dataset: Any) -> str | None:
+    """The name of the held-out data: as given, else as `load_dataset` had it; none for files and for rows made in memory."""
+    if given:
+        return given if isinstance(given, str) else ", ".join(given)
+    name = getattr(getattr(dataset, "info", None), "dataset_name", None)
+    return name if name and name not in FILE_FORMATS else None
 
 
 def _has_dropout(model: nn.Module) -> bool:

@@ -79,16 +79,6 @@ def test_the_configs_own_validator_is_quoted():
 
 # peft 0.21 still calls names that transformers 5.23 has renamed.
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
-def test_a_peft_wrapped_model_is_refused():
-    from peft import LoraConfig, get_peft_model
-
-    wrapped = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    with pytest.raises(WarmstartError, match="merge_and_unload"):
-        grow(wrapped, width=2)
-    assert grow(wrapped.merge_and_unload(), width=2).config.hidden_size == 128
-
-
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 def test_a_model_with_attached_adapters_is_refused():
     from peft import LoraConfig
 

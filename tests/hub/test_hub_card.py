@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import json
 import re
-from pathlib import Path
 
 import jinja2.meta
 import pytest
@@ -18,9 +17,6 @@ from hf_warmstart import GrowthRecord, WarmstartError, grow
 from hf_warmstart.growth.plan import RECORD_KEY
 from hf_warmstart.hub import render_card
 from hf_warmstart.hub.card import TEMPLATE
-from hf_warmstart.hub.example import example_card
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 def block(text: str, language: str) -> str:
@@ -222,15 +218,3 @@ def test_every_variable_of_the_template_is_given(grown, certificate, monkeypatch
     render_card(grown, certificate=certificate)
     wanted = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(TEMPLATE.read_text()))
     assert wanted - {"card_data"} == given - {"template_path"}
-
-
-def test_example_card_is_up_to_date():
-    # Rounding errors, the loss and the digest of random weights may differ between machines and releases of torch.
-    def normal(text: str) -> str:
-        text = re.sub(r"\d\.\de-\d\d", "#", text)
-        return re.sub(r"[0-9a-f]{64}|4\.6\d*", "#", text)
-
-    committed = (REPOSITORY / "model_cards" / "example.md").read_text()
-    assert normal(committed) == normal(example_card()), (
-        "run: python -m hf_warmstart.hub.example > model_cards/example.md"
-    )

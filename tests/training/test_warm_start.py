@@ -8,12 +8,14 @@ import warnings
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 from hf_warmstart import WarmstartError, grow
 from hf_warmstart.errors import StateError
 
+from ..hub.card_rules import broken_rules
 from ..models import tiny_model
 from .conftest import blocks, losses, stock_trainer, train_base, warmstart_trainer
 
@@ -255,6 +257,11 @@ def test_the_trainers_card_tells_of_the_growth_and_of_the_last_evaluation(base, 
     assert card.data.license == "mit" and "perturbed_copy" in card.data.tags
     loss = trainer.state.log_history[-2]["eval_loss"]
     assert "eval_loss" in card.text and f"{loss:.4g}"[:4] in card.text
+    assert "2 optimizer steps" in card.text and (tmp_path / "curves.png").exists() == ("](curves.png)" in card.text)
+    trainer.create_model_card(license="mit", dataset="some held-out text", model_name="big")
+    card = ModelCard.load(tmp_path / "README.md")
+    (found,) = [result for result in card.data.eval_results if result.metric_type == "loss"]
+    assert found.metric_value == loss and broken_rules(yaml.safe_load(card.data.to_yaml())) == []
 
 
 def test_a_deepspeed_checkpoint_is_refused_for_its_state_and_the_named_way_out_works(base, tmp_path):
