@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from benchmarks.hparams import interval
+from benchmarks.intervals import interval
 from hf_warmstart import WarmstartError
 from hf_warmstart.scaling.growing.growth_runs import CONTINUE
 from hf_warmstart.scaling.growing.growth_runs import SCRATCH as FROM_SCRATCH

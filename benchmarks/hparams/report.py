@@ -18,6 +18,7 @@ from hf_warmstart.scaling.sweeps.cost import FORWARD_SHARE, GRID_POINTS, GRID_SE
 from hf_warmstart.scaling.sweeps.design import Point, best_point, on_edge
 from hf_warmstart.scaling.tables.compute import training_flops
 
+from ..intervals import interval
 from .jobs import parent_file
 from .setting import PROBE, Setting, Target
 from .study import LAWS_NAME, SETTING_NAME, preset_points
@@ -25,7 +26,6 @@ from .study import LAWS_NAME, SETTING_NAME, preset_points
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CONFIDENCE = 0.95
 SHOWN = 10  # % of the loss that the picture's colours tell apart
 # What is compared with the grid, by the name of its file.
 KINDS = {"recommended": "recommended", "probed": "recommended after a probe"}
@@ -149,17 +149,6 @@ def mean_losses(runs: dict[tuple[Point, int], dict[str, Any]], seeds: Sequence[i
     points = {point for point, _ in runs}
     whole = [point for point in points if all((point, seed) in runs for seed in seeds)]
     return {point: float(np.mean([_loss(runs[point, seed]) for seed in seeds])) for point in whole}
-
-
-def interval(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and 95 % interval (Student's t) of a few values."""
-    from scipy.stats import t
-
-    mean, count = float(np.mean(values)), len(values)
-    if count < 2:
-        return {"mean": mean, "low": None, "high": None, "seeds": count}
-    half = float(t.ppf((1 + CONFIDENCE) / 2, count - 1) * np.std(values, ddof=1) / math.sqrt(count))
-    return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": count}
 
 
 def _search(folder: Path, target: Target, sweep_flops: float, parents: dict[str, Any]) -> dict[str, Any]:

@@ -207,7 +207,7 @@ def _described(
         certificate=certificate or known_certificate(folder),
         metrics=facts["metrics"] or known.get("metrics"),
         dataset=facts["dataset"] or known.get("dataset"),
-        license=facts["license"] or _metadata(folder / CARD_NAME).get("license"),
+        license=facts["license"] or _metadata(folder / CARD_NAME).get("license") or "parent",
         model_name=repo_id.rpartition("/")[2],
         files=known.get("files"),
         recipe=facts["recipe"],
