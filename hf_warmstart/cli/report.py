@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rich.markup import escape
-
-from .options import console, write_json
+from .options import console, escape, write_json
 
 EXAMPLES = """examples:
   hf-warmstart report runs/grown
