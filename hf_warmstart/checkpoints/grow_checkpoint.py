@@ -239,12 +239,16 @@ def prepare_growth(
     with ExitStack() as opened:
         weights: StreamedWeights | LoadedWeights | ShardedWeights
         if sharded:
-            weights, sizes = ShardedWeights(plan, folder), pieces(None, threads)
+            weights = ShardedWeights(plan, folder)
         else:
             weights = whole_weights(plan, folder, commit, shard_bytes, shards)
             opened.callback(weights.close)
-            sizes = pieces(max_memory, threads, weights.floor)
         training = TrainingFiles.of(folder, plan, state_policy)
+        # Last, since the promise is of all that the process has, and reading a state takes its share.
+        if isinstance(weights, ShardedWeights):
+            sizes = pieces(None, threads, with_state=training is not None)
+        else:
+            sizes = pieces(max_memory, threads, weights.floor, with_state=training is not None)
         opened.pop_all()
     return CheckpointGrowth(plan, folder, target, weights, training, sizes)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import resource
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import WarmstartError
@@ -22,7 +22,8 @@ BUFFERS, SMALLEST_BUFFERS = 64 * MIB, 4 * MIB
 WORK = 4 * 4 * CHUNK  # of a thread: carried, noise, what is drawn, in float32
 STATE_BLOCKS = 6  # a moment's block, what it is made of, and both in float32
 STATE_WORK = 4 * 8 * AVERAGED  # entries of a moment that are averaged at once, in float64, and what they are made of
-LIBRARIES = 72 * MIB  # what torch, a certificate and the allocator take on the way, and do not give back
+LIBRARIES = 32 * MIB  # what torch, a certificate and the allocator take on the way, and do not give back
+STATE_LIBRARIES = 32 * MIB  # the same of an optimizer's state beside the weights
 AHEAD = 2  # blocks begun per thread
 MOST_THREADS = 8  # unless more are asked for: a disk is not faster than that
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -35,6 +36,7 @@ class Pieces:
     Args:
         threads: that make blocks. block: bytes of a block of grown rows. buffers: of the sink. state_block: of a moment.
         floor: of one block at least, where a row is larger or a tensor cannot be made by rows.
+        with_state: whether an optimizer's state is grown too.
     """
 
     threads: int
@@ -42,23 +44,26 @@ class Pieces:
     buffers: int = BUFFERS
     state_block: int = BLOCK
     floor: int = 0
+    with_state: bool = False
 
     @property
     def peak(self) -> int:
         """The most anonymous memory beside what the process has, in bytes."""
         block = max(self.block, self.floor)
         weights = self.buffers + (1 + AHEAD * self.threads) * block + self.threads * (block + WORK)
-        return LIBRARIES + max(weights, STATE_WORK + STATE_BLOCKS * self.state_block)
+        if not self.with_state:
+            return LIBRARIES + weights
+        return LIBRARIES + STATE_LIBRARIES + max(weights, STATE_WORK + STATE_BLOCKS * self.state_block)
 
 
-def pieces(max_memory: str | int | None, threads: int | None, floor: int = 0) -> Pieces:
+def pieces(max_memory: str | int | None, threads: int | None, floor: int = 0, with_state: bool = False) -> Pieces:
     """Pieces that keep a promise.
 
     Args:
         max_memory: the most anonymous memory that the process may take, all it has included; None for pieces that are as
             fast as larger ones.
         threads: None for one for each processor but one, which hashes and writes; at most `MOST_THREADS`.
-        floor: bytes of the largest block that cannot be made smaller.
+        floor: bytes of the largest block that cannot be made smaller. with_state: whether an optimizer's state is grown too.
 
     Raises:
         WarmstartError: the promise cannot be kept, or the numbers are none.
@@ -66,7 +71,7 @@ def pieces(max_memory: str | int | None, threads: int | None, floor: int = 0) ->
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise WarmstartError(f"threads={threads!r} compute nothing. Pass a whole number, 1 or more.")
     threads = threads or min(max(1, processors() - 1), MOST_THREADS)
-    made = Pieces(threads, floor=floor)
+    made = Pieces(threads, floor=floor, with_state=with_state)
     if max_memory is None:
         return made
     has = anonymous_memory()
@@ -78,9 +83,10 @@ def pieces(max_memory: str | int | None, threads: int | None, floor: int = 0) ->
             max(made.buffers // 2, SMALLEST_BUFFERS),
             max(made.state_block // 2, SMALLEST_BLOCK),
             floor,
+            with_state,
         )
         if smaller == made and made.threads > 1:
-            smaller = Pieces(made.threads - 1, made.block, made.buffers, made.state_block, floor)
+            smaller = replace(made, threads=made.threads - 1)
         if smaller == made:
             raise WarmstartError(
                 f"max_memory={max_memory!r} cannot be kept: the process has {has / 1e6:.0f} MB by now and needs "

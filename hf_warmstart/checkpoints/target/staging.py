@@ -38,7 +38,10 @@ class Staging:
     def __init__(self, target: str | os.PathLike):
         self.target = Path(os.path.realpath(target))  # a link stays one, to the folder that is written
         self.folder = staging_folder(self.target)
-        self._check_target()
+        if not journal_path(
+            self.target
+        ).exists():  # else a run that died behind its last step may have left it: it goes below
+            self._check_target()
         with self.faults(self.target.name):
             self.target.parent.mkdir(parents=True, exist_ok=True)
             self._journal = Journal(journal_path(self.target), self.target)
@@ -154,8 +157,8 @@ class Staging:
             )
 
     def _leave_no_trace_of_nothing(self) -> None:
-        """Where nothing was written by an earlier run either, an error leaves nothing behind."""
-        if self._journal.fingerprint is None:
+        """Where no earlier run left anything, or one whose folder has its name already, an error leaves nothing behind."""
+        if self._journal.fingerprint is None or not os.path.lexists(self.folder):
             self._journal.remove()
         self._journal.close()
 
