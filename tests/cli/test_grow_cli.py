@@ -210,7 +210,7 @@ def test_bad_input_is_one_message_and_exit_code_2(parent, grown, target, tmp_pat
 
 def test_a_record_makes_the_same_bytes_with_other_threads_and_blocks(parent, grown, target, capsys, monkeypatch):
     assert last_record(grown).parent_digest is not None
-    monkeypatch.setattr(grow_checkpoint_module, "pieces", lambda *asked: Pieces(3, block=5000))
+    monkeypatch.setattr(grow_checkpoint_module, "pieces", lambda *asked, **named: Pieces(3, block=5000))
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
