@@ -72,7 +72,8 @@ class Study:
                 ended, _ = wait(parts, return_when=FIRST_EXCEPTION)
                 if any(not isinstance(part.exception(), (OutOfTimeError, type(None))) for part in ended):
                     self.pool.close()  # the others need not go on
-            failures = [part.exception() for part in parts if part.exception() is not None]
+            # What ended first is the cause: the others fail because the pool was closed.
+            failures = [part.exception() for part in (*ended, *parts) if part.exception() is not None]
             # A fault says more than that there was no time for the rest.
             for failure in sorted(failures, key=lambda error: isinstance(error, OutOfTimeError)):
                 raise failure
