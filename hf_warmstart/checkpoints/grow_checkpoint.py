@@ -40,7 +40,7 @@ from ..growth.state import check_state_policy
 from ..hub.save import CARD_NAME, GROWTH_NAME
 from .fetch import local_folder
 from .low_disk import HubRepository, HubShards
-from .memory import Pieces, anonymous_memory, bytes_of, pieces
+from .memory import Pieces, anonymous_memory, bytes_of, give_back, pieces
 from .ranks import barrier, on_main
 from .safetensors.source import leads_out
 from .state.parent_state import GROWN_NAME, SCHEDULER_NAMES
@@ -158,6 +158,7 @@ class CheckpointGrowth:
             weights = self.weights
             record = on_main(lambda: weights.write(staging, self.pieces, progress, state_bytes))  # type: ignore[arg-type]
         if self.training is not None:
+            give_back()
             done, total = self.output_bytes - state_bytes, self.output_bytes
 
             def written(nbytes: int) -> None:
