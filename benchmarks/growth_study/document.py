@@ -189,7 +189,7 @@ class Report:
         return words + "\n\n" + _table(heads, rows)
 
     def _budgets(self) -> str:
-        rungs = self.study.setting.rungs
+        rungs = [rung for rung in self.study.setting.rungs if any(cell.rung == rung for cell in self.cells)]
         found: dict[tuple, dict[float, str]] = {}
         for cell in self.cells:
             key = (cell.target, cell.base, f"{cell.growth_factor:.2f}", cell.method)

@@ -5,7 +5,8 @@ streams that a norm holds to whole copies (post-norm stacks), experts, the insid
 (ALiBi models), and units that a class ties to others. A slice would copy those evenly, or be refused. Both operators are exact.
 
 Near twice the parameters slices need the fewest tokens of all that is exact in width (`docs/growth-study.md`), and they were
-the best constant choice over ten settings; with dropout on, copies went on better in some of those (`docs/selection.md`).
+the best constant choice over ten settings. At low learning rates, and with dropout, copies went on better in some of those
+(`docs/selection.md`).
 """
 
 from __future__ import annotations
