@@ -9,8 +9,9 @@ at; the same command goes on with what is left, and so does a second one beside 
 would not end in time. What is there at the end, whole or not, is printed as a report; `--document` puts it between a
 document's markers, its plots and its table of runs beside it. Without `--text` nothing is run.
 
-Settings: `quick` (seconds; shows that all runs, and no more), `hour` (0.13M parameters), `overnight` (0.65M, g to 8), `gpu`
-(32M and 127M, bfloat16). `gpu-tenth` is that one, small enough for a CPU, to try it.
+Settings: `quick` (seconds; shows that all runs, and no more), `hour` (0.13M parameters), `twofold` (0.07M, many arms near
+twofold, eight seeds), `overnight` (0.65M, g to 8), `gpu` (32M and 127M, bfloat16). `gpu-tenth` is that one, small enough for
+a CPU, to try it.
 """
 
 from __future__ import annotations

@@ -105,8 +105,8 @@ def candidates(setting: Setting) -> list[Candidate]:
     reset: dict[str, Any] = {"width_operator": "exact_copy", "state_policy": "asymmetric_reset", **wide}
     pool = [
         Candidate("exact_copy", width_operator="exact_copy", **wide),
-        Candidate("perturbed_copy_small", noise=0.05, **wide),
-        Candidate("perturbed_copy", noise=0.2, **wide),
+        Candidate("perturbed_copy_small", width_operator="perturbed_copy", noise=0.05, **wide),
+        Candidate("perturbed_copy", width_operator="perturbed_copy", noise=0.2, **wide),
         Candidate("asymmetric_reset", **reset),
         Candidate("asymmetric_reset_rewarmed", new_lr_peak=1.3, new_lr_steps=64, **reset),
         Candidate("reference_slice", width_operator="reference_slice", **wide),

@@ -143,7 +143,7 @@ def main() -> None:
         parent = LlamaForCausalLM(config)
         make(parent, base, data, None, steps=2, save_strategy="steps", save_steps=2).train()
         checkpoint = base / "checkpoint-2"
-        child = grow(LlamaForCausalLM.from_pretrained(checkpoint), width=2)
+        child = grow(LlamaForCausalLM.from_pretrained(checkpoint), width=2, width_operator="perturbed_copy")
         kinds: dict[str, tuple[Path | None, dict[str, Any]]] = {
             "`carry`": (checkpoint, {}),
             "`asymmetric_reset`": (checkpoint, {"state_policy": "asymmetric_reset"}),

@@ -227,7 +227,7 @@ def main() -> None:
     parser.add_argument("--mergekit", metavar="PYTHON", help="interpreter of an environment that has mergekit")
     given = parser.parse_args()
     growths = {
-        "width": {"width": 2.0},
+        "width": {"width": 2.0, "set": "width_operator=perturbed_copy"},
         "exact": {"width": 2.0, "set": "width_operator=exact_copy"},
         "depth": {"depth": 1.5},
     }

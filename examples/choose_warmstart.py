@@ -18,8 +18,8 @@ from small_text import TEXT, arguments, blocks_of, collate, trained_parent
 from hf_warmstart import Candidate, SelectionReport, WarmstartTrainingArguments, select_warmstart
 
 CANDIDATES = [
-    Candidate("noise_state_carried", width=2),
-    Candidate("noise_new_entries_fresh", width=2, state_policy="asymmetric_reset"),
+    Candidate("noise_state_carried", width=2, width_operator="perturbed_copy"),
+    Candidate("noise_new_entries_fresh", width=2, width_operator="perturbed_copy", state_policy="asymmetric_reset"),
     Candidate("slice_state_carried", width=2, width_operator="reference_slice"),
 ]
 

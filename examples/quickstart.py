@@ -91,7 +91,7 @@ def _options() -> argparse.Namespace:
     add("--output", default="runs/quickstart", help="folder to leave (default: runs/quickstart)")
     add("--width", type=float, help="factor of the width (default: 1.5 unless --depth is given)")
     add("--depth", type=float, help="factor of the number of layers")
-    add("--width-operator", default="perturbed_copy")
+    add("--width-operator", default="auto", help="as in GrowthConfig (default: auto)")
     add("--depth-operator", default="identity_blocks")
     add("--budget", type=float, default=1.0, help="multiplies every number of steps (default: 1)")
     add("--seed", type=int, default=0)

@@ -15,6 +15,7 @@ from hf_warmstart.scaling.growing.gain_law import GainLaw
 from hf_warmstart.scaling.growing.growth_laws import GrowthLaws
 
 from .calibration import Choice, check_advice
+from .chosen import chosen, tried
 from .claims import BUDGET, Claim, claims, fewest_tokens, runners_up
 from .jobs import SCRATCH, TRANSFERRED, trials_of
 from .plots import plot_isoflops, plot_ladders
@@ -25,6 +26,7 @@ from .text import STUDY
 
 RUNS, ISOFLOPS, LADDERS = "growth-study-{}-runs.csv", "growth-study-{}-isoflops.png", "growth-study-{}-tokens.png"
 DRAWS = 400
+SPEEDUP = "{:.2f}"
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,10 @@ class Report:
         runs = runs_of(study)
         cells = cells_of(study, runs)
         target = next(iter(study.setting.targets))
+        laws: GrowthLaws | str = "not asked for"
         try:
-            laws: GrowthLaws | str = GrowthLaws.fit(runs, draws=DRAWS, source="the study")
+            if study.setting.checks:
+                laws = GrowthLaws.fit(runs, draws=DRAWS, source="the study")
         except WarmstartError as fault:
             laws = str(fault)
         judged = claims(cells, target, study.setting.rungs)
@@ -69,10 +73,15 @@ class Report:
     def write(self, folder: Path) -> str:
         """Write the table of runs and the plots into a folder; the text that goes with them."""
         self.runs.to_csv(folder / RUNS.format(self.name), index=False)
-        plot_isoflops(
-            self.runs, self.cells, self._drawn(), list(self.study.setting.targets), folder / ISOFLOPS.format(self.name)
-        )
-        plot_ladders(self.runs, self.cells, self.target, folder / LADDERS.format(self.name))
+        if self.study.setting.checks:
+            plot_isoflops(
+                self.runs,
+                self.cells,
+                self._drawn(),
+                list(self.study.setting.targets),
+                folder / ISOFLOPS.format(self.name),
+            )
+            plot_ladders(self.runs, self.cells, self.target, folder / LADDERS.format(self.name))
         return self.text()
 
     def _drawn(self) -> dict[str, GainLaw]:
@@ -83,26 +92,33 @@ class Report:
 
     def text(self) -> str:
         """All of it."""
-        parts = [
-            _facts(self.study, self.runs),
-            "### The paper's claims",
-            _table(["the paper", "here", "verdict"], [[c.paper, c.found, f"**{c.verdict}**"] for c in self.claims]),
+        whole = bool(self.study.setting.checks)
+        parts = [_facts(self.study, self.runs)]
+        if whole:
+            rows = [[c.paper, c.found, f"**{c.verdict}**"] for c in self.claims]
+            parts += ["### The paper's claims", _table(["the paper", "here", "verdict"], rows)]
+        parts += [
             "### The warm start that needs the fewest tokens",
             self._winners(),
             "### Every arm",
             self._arms(),
             "### Loss against scratch by budget, %",
             self._budgets(),
-            f"![loss over growth factor]({ISOFLOPS.format(self.name)})",
-            f"![loss over tokens]({LADDERS.format(self.name)})",
-            "### Scratch, and rates",
-            _scratch(self.study, self.runs),
-            "### The laws, fitted to these runs",
-            self._laws(),
-            "### The advice on cells that were left out",
-            _choices(self.choices),
         ]
-        return "\n\n".join(parts)
+        if whole:
+            parts += [
+                f"![loss over growth factor]({ISOFLOPS.format(self.name)})",
+                f"![loss over tokens]({LADDERS.format(self.name)})",
+            ]
+        parts += ["### Scratch, and rates", _scratch(self.study, self.runs), self._trials()]
+        if whole:
+            parts += [
+                "### The laws, fitted to these runs",
+                self._laws(),
+                "### The advice on cells that were left out",
+                _choices(self.choices),
+            ]
+        return "\n\n".join(part for part in parts if part)
 
     @property
     def budget(self) -> float:
@@ -114,21 +130,43 @@ class Report:
         lines = []
         own = [cell for cell in self.cells if cell.target == self.target]
         for near in (2, 4, 8):
-            chosen = fewest_tokens(own, near, self.budget)
-            if chosen is None:
+            most = fewest_tokens(own, near, self.budget)
+            if most is None:
                 continue
-            arm = next(a for a in self.study.setting.arms if _is(self.study, a, chosen))
+            arm = next(a for a in self.study.setting.arms if _is(self.study, a, most))
             lines.append(
-                f"- Near {near}x, at {self.budget:g} tokens per parameter: **{chosen.method}** from {chosen.base} (g = "
-                f"{chosen.growth_factor:.2f}), state `{arm.state}` ({STATE_WORDS[arm.state]}), "
-                f"{chosen.rate_factor:g} times the tuned rate: {_said(chosen.speedup, '{:.2f}')} times fewer tokens than "
-                f"scratch; in FLOPs with the base's own {_said(chosen.speedup_with_base, '{:.2f}')}."
+                f"- Near {near}x, at {self.budget:g} tokens per parameter: **{most.method}** from {most.base} (g = "
+                f"{most.growth_factor:.2f}), state `{arm.state}` ({STATE_WORDS[arm.state]}), "
+                f"{most.rate_factor:g} times the tuned rate: {_said(most.speedup, SPEEDUP)} times fewer tokens than "
+                f"scratch; in FLOPs with the base's own {_said(most.speedup_with_base, SPEEDUP)}."
             )
-            for cell, gap in runners_up(own, chosen)[:4]:
+            lines += self._chosen([c for c in own if c.near == near and c.rung == self.budget], most)
+            for cell, gap in runners_up(own, most)[:4]:
                 percent = gap.map(lambda x: 100 * x).text("{:+.2f}")
                 told = "" if gap.low is not None and gap.low > 0 else ", not told apart"
                 lines.append(f"  - {cell.method} from {cell.base}: loss {percent} % over it{told}.")
         return "\n".join(lines) if lines else "Nothing can be said yet."
+
+    def _chosen(self, cells: list[Cell], most: Cell) -> list[str]:
+        """What the trials alone chose among some cells."""
+        found = chosen(cells, tried(self.study, self.target, self.budget))
+        if found is None:
+            return []
+        cell = found[0]
+        same = "the same" if cell is most else f"{cell.method} from {cell.base}, {_said(cell.speedup, SPEEDUP)} times"
+        return [
+            f"  - Chosen by the trials on seed {self.study.setting.tuning_seed}, which is not among these: {same}."
+        ]
+
+    def _trials(self) -> str:
+        """The trials of all arms."""
+        rows = [
+            [target, t.base, t.method, t.text()]
+            for target in self.study.setting.targets
+            for t in tried(self.study, target, self.budget)
+        ]
+        head = f"loss at {self.budget:g} by the factor on the rate, tuning seed"
+        return _table(["target", "from", "arm", head], rows) if rows else ""
 
     def _arms(self) -> str:
         heads = ["target", "from", "g", "arm", "rate", "loss", "against scratch, %", "speed-up", "with the base's FLOPs",
@@ -151,7 +189,7 @@ class Report:
         return words + "\n\n" + _table(heads, rows)
 
     def _budgets(self) -> str:
-        rungs = self.study.setting.rungs
+        rungs = [rung for rung in self.study.setting.rungs if any(cell.rung == rung for cell in self.cells)]
         found: dict[tuple, dict[float, str]] = {}
         for cell in self.cells:
             key = (cell.target, cell.base, f"{cell.growth_factor:.2f}", cell.method)

@@ -14,7 +14,7 @@ from functools import cached_property
 from .settings import Arm, Setting
 
 TRIAL, BASE, SCRATCH, TRANSFERRED, CONTROL = "trial", "base", "scratch", "transferred", "continue"
-GROWN_TRIAL, GROWN = "grown-trial", "grown"
+GROWN_TRIAL, GROWN, TRANSFERRED_TRIAL = "grown-trial", "grown", "transferred-trial"
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Job:
     Args:
         kind: what it is. target: the size that is trained, of a control the one that it stands beside. seed: of the study.
         base: what is grown or trained on. arm: of a grown one. rungs: tokens per parameter of the target.
-        rate: of a trial, its learning rate, or of an arm's the factor on it. needs: names of jobs that come before.
+        rate: of a trial, its learning rate, or the factor on an arm's or a transferred one. needs: names of jobs that come
+            before.
     """
 
     kind: str
@@ -47,9 +48,14 @@ class Job:
         return "_".join([*parts, f"s{self.seed}"])
 
     @property
+    def is_transferred(self) -> bool:
+        """Whether it is from scratch, at its base's rate."""
+        return self.kind in (TRANSFERRED, TRANSFERRED_TRIAL)
+
+    @property
     def is_trial(self) -> bool:
         """Whether it only serves the choice of a rate."""
-        return self.kind in (TRIAL, GROWN_TRIAL)
+        return self.kind in (TRIAL, GROWN_TRIAL, TRANSFERRED_TRIAL)
 
 
 def jobs_of(setting: Setting, seeds: tuple[int, ...] | None = None) -> list[Job]:
@@ -71,7 +77,16 @@ def _of_target(setting: Setting, target: str, seed: int) -> Iterator[Job]:
     tuned_at = list(trials_of(setting, setting.targets[target]))
     yield from tuned_at
     of_base = tuple(job.name for job in tuned_at)
-    yield Job(TRANSFERRED, target, seed, setting.rungs, base=setting.targets[target], needs=of_base)
+    transferred = []
+    if len(setting.scratch_factors) > 1:
+        transferred = [
+            Job(TRANSFERRED_TRIAL, target, setting.tuning_seed, setting.rungs[:2], setting.targets[target], rate=factor,
+                needs=of_base)
+            for factor in setting.scratch_factors
+        ]  # fmt: skip
+        yield from transferred
+    needs = (*of_base, *(job.name for job in transferred))
+    yield Job(TRANSFERRED, target, seed, setting.rungs, base=setting.targets[target], needs=needs)
     for arm in (arm for arm in setting.arms if arm.target == target):
         needs = of_base if arm.transfer and arm.base == setting.targets[target] else names
         needs += tuple(job.name for job in trials_of(setting, arm.base))

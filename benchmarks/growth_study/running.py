@@ -41,7 +41,7 @@ from hf_warmstart.scaling.tables.compute import flops_per_token
 from hf_warmstart.training import GrownAdamW
 from hf_warmstart.training.carry import load_grown_state
 
-from .jobs import BASE, CONTROL, GROWN, GROWN_TRIAL, TRANSFERRED, TRIAL, Job, jobs_of, trials_of
+from .jobs import BASE, CONTROL, GROWN, GROWN_TRIAL, TRANSFERRED_TRIAL, TRIAL, Job, jobs_of, trials_of
 from .settings import ASYMMETRIC, FRESH, Setting
 from .text import Text
 
@@ -157,18 +157,24 @@ class Study:
         return self.best_trial(list(trials_of(self.setting, size)))
 
     def factor(self, job: Job) -> float:
-        """The factor on an arm's rate: a trial's own, else the best of them."""
+        """The factor on an arm's rate, or on a transferred one: a trial's own, else the best of them; 1 without trials."""
         if job.rate is not None:
             return job.rate
-        needed = (self.by_name[name] for name in job.needs)
-        return self.best_trial([other for other in needed if other.kind == GROWN_TRIAL])
+        trials = self.trials(job)
+        return self.best_trial(trials) if trials else 1.0
+
+    def trials(self, job: Job) -> list[Job]:
+        """The trials that choose the factor on a run's rate."""
+        return [other for name in job.needs if (other := self.by_name[name]).kind in (GROWN_TRIAL, TRANSFERRED_TRIAL)]
 
     def rate(self, job: Job) -> float:
         """The peak learning rate of a run."""
         if job.kind == TRIAL and job.rate is not None:
             return job.rate
-        if job.kind in (CONTROL, TRANSFERRED) and job.base:
+        if job.kind == CONTROL and job.base:
             return self.tuned_rate(job.base)
+        if job.is_transferred and job.base:
+            return self.tuned_rate(job.base) * self.factor(job)
         if job.arm is not None:
             return self.tuned_rate(job.arm.base if job.arm.transfer else job.target) * self.factor(job)
         return self.tuned_rate(job.target)
@@ -210,10 +216,10 @@ class Study:
             "size": size,
             "params": setting.params[size],
             "learning_rate": rate,
-            "rate_factor": self.factor(job) if job.arm else None,
+            "rate_factor": self.factor(job) if job.arm or job.is_transferred else None,
             "arm": dataclasses.asdict(job.arm) if job.arm else None,
             "rows": rows,
-            "base_tokens": self.base_tokens(job.base) if job.base and job.kind != TRANSFERRED else None,
+            "base_tokens": self.base_tokens(job.base) if job.base and not job.is_transferred else None,
             "trained_flops": sum(o.spent_tokens for o in outcomes) * self.flops_per_token[size],
             "seconds": round(time.perf_counter() - wall, 2),
             "cpu_seconds": round(time.process_time() - cpu, 2),
@@ -242,7 +248,7 @@ class Study:
             return self._grown(job, rate)
         model = new_model(LlamaForCausalLM, self._proxy(job.target, ()), self.device)
         optimizer = _named(model, new_optimizer(model, rate, self.setting.asked()))
-        if job.kind == TRANSFERRED and job.base:
+        if job.is_transferred and job.base:
             plan = plan_growth(self.setting.config(job.base), self._growth(job))
             _transfer(model, optimizer, plan, rate)
         return model, optimizer

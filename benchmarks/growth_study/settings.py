@@ -89,12 +89,14 @@ class Setting:
         arms: in the order in which they are run. controls: (target, base) of bases that are trained on for equal FLOPs.
         rungs: tokens per parameter of a target at which runs end, rising. scratch_rungs: of runs from scratch, further, so that
             tokens to a loss can be read off. base_rung: of bases.
-        rates: tried for every size from scratch. factors: on the rate of an arm, tried for each arm.
+        rates: tried for every size from scratch. factors: on the rate of an arm, tried for each arm. scratch_factors: on the
+            rate that muP carries over to scratch; tried where there are several.
         seeds: reported. tuning_seed: of all trials, and of no reported run.
         vocabulary, length, batch: tokens of the vocabulary, of a sequence; sequences of a step.
         max_epochs: passes over the text at most, of any one run; budgets shrink where they would take more.
         eval_tokens: of held-out text, at most. bf16, per_device_batch: as in `SweepConfig`.
-        checks: names of the arms' methods on which the advice is checked, see `calibration`.
+        checks: names of the arms' methods on which the advice is checked, see `calibration`; without any the report is about
+            the arms alone: neither the paper's claims nor laws are in it.
     """
 
     sizes: Mapping[str, Size]
@@ -106,6 +108,7 @@ class Setting:
     base_rung: float = 20.0
     rates: tuple[float, ...] = (4e-3, 8e-3, 16e-3)
     factors: tuple[float, ...] = (1.0, 0.5)
+    scratch_factors: tuple[float, ...] = (1.0,)
     seeds: tuple[int, ...] = (0, 1, 2)
     tuning_seed: int = 1000
     vocabulary: int = 1024
@@ -207,6 +210,29 @@ HOUR = Setting(
     controls=(("48x3", "32x3"), ("48x3", "48x1"), ("48x3", "20x3")),
 )  # fmt: skip
 
+# More ways to start and more seeds where runs are cheap: the hour's second target, near twofold, at 10 tokens per parameter.
+# Scratch tries four rates of its own and three that muP carries over, every arm three.
+TWOFOLD = Setting(
+    sizes={name: HOUR.sizes[name] for name in ("32x3", "20x3")},
+    targets={"32x3": "20x3"},
+    arms=(
+        paper("32x3", "20x3"),
+        Arm("32x3", "20x3", "reference_slice"),
+        Arm("32x3", "20x3", "reference_slice", state=ASYMMETRIC),
+        Arm("32x3", "20x3", "reference_slice", state=FRESH),
+        paper("32x3", "20x3", shrink=0.3),
+        Arm("32x3", "20x3", "szp"),
+        Arm("32x3", "20x3"),
+    ),
+    controls=(("32x3", "20x3"),),
+    scratch_rungs=(5.0, 10.0, 20.0),
+    rates=(4e-3, 8e-3, 16e-3, 32e-3),
+    factors=(2.0, 1.0, 0.5),
+    scratch_factors=(2.0, 1.0, 0.5),
+    seeds=tuple(range(8)),
+    checks=(),
+)  # fmt: skip
+
 # 0.65M parameters and g to 8.
 OVERNIGHT = Setting(
     sizes={
@@ -278,7 +304,7 @@ GPU = Setting(
     eval_tokens=2**17,
 )  # fmt: skip
 
-SETTINGS = {"quick": QUICK, "hour": HOUR, "overnight": OVERNIGHT, "gpu": GPU}
+SETTINGS = {"quick": QUICK, "hour": HOUR, "twofold": TWOFOLD, "overnight": OVERNIGHT, "gpu": GPU}
 
 
 def tenth(setting: Setting) -> Setting:

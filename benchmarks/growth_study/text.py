@@ -47,8 +47,10 @@ def prepare(folder: Path, setting: Setting, train: Sequence[Path], held_out: Seq
     """
     said = json.loads(json.dumps(dataclasses.asdict(setting)))
     if (folder / STUDY).is_file():
-        found = json.loads((folder / STUDY).read_text())
-        different = sorted(name for name in said if found["setting"].get(name) != said[name] and name != "seeds")
+        found = json.loads((folder / STUDY).read_text())["setting"]
+        unsaid = {f.name: f.default for f in dataclasses.fields(setting) if f.name not in found}  # by an older version
+        before = found | json.loads(json.dumps(unsaid))
+        different = sorted(name for name in said if before[name] != said[name] and name != "seeds")
         if different:
             raise WarmstartError(
                 f"{folder} holds another study, which differs in {', '.join(different)}. Pass another folder."

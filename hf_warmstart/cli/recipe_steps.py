@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, WarmstartError
+from ..growth.config import AUTO
+from ..growth.default_operator import CHOICES
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,6 +65,8 @@ def grown_before(recipe: RunRecipe) -> GrowthRecord | None:
     except WarmstartError as error:
         raise CheckpointError(f"{output} is not empty, and holds no growth of this recipe's: {error}") from error
     asked, found = recipe.growth.to_dict(), dict(record.growth_config)
+    if asked["width_operator"] == AUTO and found.get("width_operator") in CHOICES:
+        asked["width_operator"] = found["width_operator"]
     differing = sorted(name for name in {*asked, *found} - {"library_version"} if asked.get(name) != found.get(name))
     names = {recipe.parent, Path(recipe.parent).name}
     if record.parent not in names:

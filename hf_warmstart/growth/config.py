@@ -17,6 +17,7 @@ from ..version import __version__
 from .operators import DEPTH_OPERATORS, WIDTH_OPERATORS, OperatorOptions
 
 CONFIG_NAME = "growth_config.json"
+AUTO = "auto"
 # What a config says about files and runs, not about the model.
 _NOT_COMPARED = {"_name_or_path", "transformers_version", "dtype", "use_cache", "return_dict"}
 
@@ -35,11 +36,13 @@ class GrowthConfig:
             `{"hidden_size": 768}`; those of a part by their path (`"text_config.hidden_size"`) where the name alone is not
             clear. They go before `width` and `depth`; what is not named keeps its size.
         target_config (`PreTrainedConfig` or `dict`, *optional*): a config of the grown model; its sizes are taken.
-        width_operator (`str`, defaults to `"perturbed_copy"`): one of `exact_copy`, `perturbed_copy`, `uneven_copy`,
-            `reference_slice`, `szp`.
+        width_operator (`str`, defaults to `"auto"`): one of `exact_copy`, `perturbed_copy`, `uneven_copy`,
+            `reference_slice`, `szp`; or `"auto"`: `reference_slice` where all that grows can take fresh units, else
+            `perturbed_copy`. A plan, and the record of what was grown, hold the operator's name, never `"auto"`.
         depth_operator (`str`, defaults to `"identity_blocks"`): one of `identity_blocks`, `stack`, `interleave`,
             `overlap`.
-        noise (`float`, defaults to 0.2): `perturbed_copy`: paired noise over the root mean square of the weights.
+        noise (`float`, defaults to 0.2): `perturbed_copy`: paired noise over the root mean square of the weights. Another
+            value than this asks for `perturbed_copy` where no operator is named.
         uneven_ratio (`float`, defaults to 0.5): `uneven_copy`: the share of each copy over the copy before it.
         shrink (`float`, defaults to 0.4): `szp`: factor on the parent's weights.
         seed (`int`, defaults to 0): seed of everything random.
@@ -47,7 +50,7 @@ class GrowthConfig:
     Example:
 
         >>> GrowthConfig(width=2, depth=1.5).width_operator
-        'perturbed_copy'
+        'auto'
     """
 
     width: float | None = None
@@ -55,7 +58,7 @@ class GrowthConfig:
     growth_factor: float | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)
     target_config: Any = None
-    width_operator: str = "perturbed_copy"
+    width_operator: str = AUTO
     depth_operator: str = "identity_blocks"
     noise: float = 0.2
     uneven_ratio: float = 0.5
@@ -70,8 +73,8 @@ class GrowthConfig:
             for name in ("width", "depth", "growth_factor")
             if (value := getattr(self, name)) is not None and (not _is_number(value) or value < 1)
         ]
-        if self.width_operator not in WIDTH_OPERATORS:
-            problems.append(f"width_operator={self.width_operator!r} is none of {sorted(WIDTH_OPERATORS)}")
+        if self.width_operator not in (AUTO, *WIDTH_OPERATORS):
+            problems.append(f"width_operator={self.width_operator!r} is none of {sorted((AUTO, *WIDTH_OPERATORS))}")
         if self.depth_operator not in DEPTH_OPERATORS:
             problems.append(f"depth_operator={self.depth_operator!r} is none of {sorted(DEPTH_OPERATORS)}")
         for name in ("noise", "uneven_ratio", "shrink"):

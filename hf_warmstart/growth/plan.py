@@ -21,6 +21,7 @@ from .axes import SCALE
 from .child import built_child
 from .config import GrowthConfig
 from .configs import config_dtype, get_attribute, resize_config
+from .default_operator import with_operator
 from .fresh import Recipe, recipes
 from .layerwise import marks
 from .layout import Layout, Stack, TensorLayout
@@ -113,7 +114,7 @@ class GrowthPlan:
     """What a growth does to one model.
 
     Args:
-        growth_config: what was asked. model_class: the class of parent and child.
+        growth_config: what was asked, with the width operator's name. model_class: the class of parent and child.
         source_config: the parent's config. target_config: the child's.
         layout: the class's layout. maps: each space's map. layer_maps: each stack's map, by the attribute that counts it.
         sizes: every space before and after. steps: how far each of the layout's moves went.
@@ -353,6 +354,7 @@ def make_plan(
     before, shared = layout.told_sizes(config, shapes)
     count = counter(layout, config, shapes, before)
     target = resolve_sizes(layout, config, before, asked, count)
+    asked = with_operator(asked, layout, before, target.spaces)
     operator = WIDTH_OPERATORS[asked.width_operator]
     _check_numbers(layout, target)
     _check_told(config, before, target, shared)

@@ -121,7 +121,7 @@ def test_memory_is_foretold_kept_and_flat_in_the_size_of_the_model(max_memory, w
 @pytest.mark.parametrize(
     "growth",
     [
-        {"width": 2},
+        {"width": 2, "width_operator": "perturbed_copy"},
         {"width": 2, "width_operator": "exact_copy"},
         {"width": 1.5, "width_operator": "reference_slice"},
         {"depth": 2},

@@ -27,7 +27,7 @@ from ..training.ranks import REPOSITORY, environment
 
 GROUP = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "tensor": torch.tensor(0.5)}
 GROWTHS = {
-    "copies": {"width": 2, "depth": 2},
+    "copies": {"width": 2, "depth": 2, "width_operator": "perturbed_copy"},
     "slice": {"width": 1.5, "width_operator": "reference_slice"},
 }
 
@@ -134,7 +134,7 @@ def test_the_mean_that_fills_is_taken_once_and_has_the_same_bits_in_any_blocks(m
 
 
 def test_a_block_across_two_copies_reads_the_rows_of_each_and_nothing_between():
-    plan = plan_growth(tiny_model("llama"), width=2)
+    plan = plan_growth(tiny_model("llama"), width=2, width_operator="exact_copy")
     tensor = plan.tensor("model.layers.0.mlp.up_proj.weight")
     parent = _moments(*(axis.n for axis in tensor.maps))
     n, read = len(parent), []

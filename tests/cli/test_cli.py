@@ -26,9 +26,9 @@ def source(tmp_path_factory) -> str:
 def test_plan_shows_sizes_and_verdict(source, capsys):
     assert main(["plan", source, "--width", "1.5", "--depth", "2"]) == 0
     words = capsys.readouterr().out
-    assert "LlamaForCausalLM: perturbed_copy + identity_blocks" in words
+    assert "LlamaForCausalLM: reference_slice + identity_blocks" in words
     assert [line.split() for line in words.splitlines() if "hidden_size" in line] == [["hidden_size", "64", "96"]]
-    assert "exact: copies are read in shares" in words
+    assert "exact: nothing writes or nothing reads what is new" in words
 
 
 def test_plan_as_json_says_what_the_plan_says(source, capsys):

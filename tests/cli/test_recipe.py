@@ -142,7 +142,7 @@ def test_a_dry_run_checks_everything_and_writes_and_asks_nothing(world, hub, cap
     before = sorted(world.rglob("*"))
     assert main(["run", write(), "--dry-run"]) == 0
     words = " ".join(capsys.readouterr().out.split())
-    assert "perturbed_copy" in words and f"push runs/continued to {REPO}. Nothing was run." in words
+    assert "reference_slice" in words and f"push runs/continued to {REPO}. Nothing was run." in words
     assert sorted(world.rglob("*")) == sorted([*before, world / "recipe.yaml"]) and hub.requests == []
 
 

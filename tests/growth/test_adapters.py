@@ -117,7 +117,7 @@ def test_config_rank_scaling_names_and_what_trains_are_kept():
     }
     layer = child.base_model.model.model.layers[3].self_attn.q_proj
     assert layer.lora_A["default"].weight.shape == (3, 128) and layer.scaling["default"] == pytest.approx(7 / 3**0.5)
-    assert GrowthRecord.all_of(child.config)[0].operators == ["perturbed_copy", "identity_blocks"]
+    assert GrowthRecord.all_of(child.config)[0].operators == ["reference_slice", "identity_blocks"]
 
 
 def test_a_grown_adapter_is_saved_and_loaded_onto_the_grown_base(tmp_path):

@@ -142,7 +142,7 @@ def test_tags_and_generation_config_come_along():
     parent.generation_config.max_new_tokens = 7
     child = grow(parent, width=2, depth=2)
     assert child.generation_config.max_new_tokens == 7
-    assert set(child.model_tags) >= {"hf_warmstart", "perturbed_copy", "identity_blocks"}
+    assert set(child.model_tags) >= {"hf_warmstart", "reference_slice", "identity_blocks"}
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gemma2"])

@@ -140,7 +140,8 @@ def test_pieces_made_at_once_are_no_part_of_the_definition(monkeypatch):
 
 
 def test_blocks_may_be_made_by_threads_side_by_side():
-    growth = plan_growth(tiny_config("llama"), width=2).tensor("model.layers.0.mlp.down_proj.weight")
+    plan = plan_growth(tiny_config("llama"), width=2, width_operator="perturbed_copy")
+    growth = plan.tensor("model.layers.0.mlp.down_proj.weight")
     tensor = _parent(tuple(m.n for m in growth.maps), torch.float32)
     rows, totals = growth.matrix_shape[0], growth.totals(lambda a, b: tensor[a:b])
     out = torch.empty(growth.shape)
@@ -157,8 +158,9 @@ def test_blocks_may_be_made_by_threads_side_by_side():
     assert torch.equal(out, growth.weight(tensor))
 
 
-def test_only_rows_that_are_needed_are_read():
-    plan = plan_growth(tiny_config("llama"), width=2)
+@pytest.mark.parametrize("operator", ["perturbed_copy", "reference_slice"])
+def test_only_rows_that_are_needed_are_read(operator):
+    plan = plan_growth(tiny_config("llama"), width=2, width_operator=operator)
     for name in plan.names:
         growth, reads = plan.tensor(name), []
         tensor = _parent(plan.shapes[plan.source_name(name)], torch.float32)

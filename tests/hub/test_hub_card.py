@@ -33,7 +33,7 @@ def test_metadata_is_read_back_by_the_hubs_own_parser(grown, certificate, tmp_pa
         "base_model_relation": "finetune",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["hf_warmstart", "perturbed_copy", "identity_blocks"],
+        "tags": ["hf_warmstart", "reference_slice", "identity_blocks"],
     }
 
 

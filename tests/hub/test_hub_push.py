@@ -136,7 +136,7 @@ def test_plain_push_carries_record_and_tags(hub, grown):
     (commit,) = hub.commits("user/plain")
     loaded = AutoModelForCausalLM.from_pretrained("user/plain")
     assert getattr(loaded.config, RECORD_KEY) == getattr(grown.config, RECORD_KEY)
-    assert {"hf_warmstart", "perturbed_copy", "identity_blocks"} <= set(ModelCard.load("user/plain").data.tags)
+    assert {"hf_warmstart", "reference_slice", "identity_blocks"} <= set(ModelCard.load("user/plain").data.tags)
     assert "growth.json" not in commit.files
 
 

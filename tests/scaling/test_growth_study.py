@@ -16,7 +16,18 @@ from benchmarks.growth_factor import main
 from benchmarks.growth_study.calibration import check_advice
 from benchmarks.growth_study.claims import NO, OPEN, YES, claims, decide, fewest_tokens, is_exact
 from benchmarks.growth_study.document import Report
-from benchmarks.growth_study.jobs import BASE, CONTROL, GROWN, GROWN_TRIAL, SCRATCH, TRANSFERRED, TRIAL, Job, jobs_of
+from benchmarks.growth_study.jobs import (
+    BASE,
+    CONTROL,
+    GROWN,
+    GROWN_TRIAL,
+    SCRATCH,
+    TRANSFERRED,
+    TRANSFERRED_TRIAL,
+    TRIAL,
+    Job,
+    jobs_of,
+)
 from benchmarks.growth_study.running import DONE, Study
 from benchmarks.growth_study.settings import ASYMMETRIC, CARRY, QUICK, SETTINGS, Arm, only, paper, tenth
 from benchmarks.growth_study.table import Cell, Interval, cells_of, runs_of
@@ -228,7 +239,7 @@ def planted_records(made: Study, loss) -> None:
             "name": job.name, "kind": job.kind, "target": job.target, "base": job.base, "method": job.method,
             "seed": job.seed, "size": size, "params": made.setting.params[size], "learning_rate": 0.01,
             "rate_factor": 1.0 if job.arm else None, "arm": None, "rows": rows, "trained_flops": 1.0, "seconds": 1.0,
-            "base_tokens": made.base_tokens(job.base) if job.base and job.kind != TRANSFERRED else None,
+            "base_tokens": made.base_tokens(job.base) if job.base and not job.is_transferred else None,
             "device": "CPU, one thread", "torch": "2",
         }  # fmt: skip
         (made.folder / DONE / f"{job.name}.json").write_text(json.dumps(record))
@@ -268,6 +279,59 @@ def test_speedups_and_both_costs_are_those_of_planted_losses(tmp_path, text):
         assert (tmp_path / f"growth-study-quick-{name}.png").read_bytes().startswith(b"\x89PNG")
     advice = advise_growth(2 * params, 20 * params, laws=tmp_path / "growth-study-quick-runs.csv")
     assert advice.advice == "grow"
+
+
+def test_a_study_of_arms_alone_lets_the_trials_choose_and_scratch_try_what_muP_carries_over(tmp_path, text):
+    setting = dataclasses.replace(
+        QUICK, scratch_factors=(2.0, 1.0), factors=(2.0, 1.0), checks=(), arms=(*QUICK.arms[:2], QUICK.arms[3])
+    )
+    made = opened(tmp_path / "study", text, setting)
+    of_factor = {2.0: 0.2, 1.0: 0.1}
+
+    def loss(job: Job, tokens: float) -> float:
+        level = 4.0 - 0.1 * math.log(tokens) + 0.01 * job.seed
+        if job.kind in (GROWN_TRIAL, TRANSFERRED_TRIAL):  # the asymmetric reset is chosen, by the lower of its two
+            return 3.0 + of_factor[job.rate] + (0.0 if job.arm and job.arm.state == ASYMMETRIC else 0.05)
+        if job.kind == TRIAL:
+            return 1.0 / job.rate  # the highest rate is tuned
+        return level - (0.2 if job.kind == GROWN and job.arm.width == "szp" else 0.1 * (job.kind == GROWN))
+
+    planted_records(made, loss)
+    transferred = next(job for job in made.jobs if job.kind == TRANSFERRED)
+    assert [trial.rate for trial in made.trials(transferred)] == [2.0, 1.0]
+    assert made.factor(transferred) == 1.0 and made.rate(transferred) == max(QUICK.rates)
+    assert made.rate(made.trials(transferred)[0]) == 2 * max(QUICK.rates)
+    report = Report.of(made, "quick")
+    words = report.write(tmp_path)
+    assert "**szp 0.4, fresh** from width" in words and "not reproduced" not in words and "laws" not in words
+    assert "seed 1000, which is not among these: perturbed_copy, asymmetric reset from width," in words
+    assert "| target | width | perturbed_copy, asymmetric reset | 2: 3.2000, 1: 3.1000 |" in words
+    assert not list(tmp_path.glob("*.png")) and "png" not in words
+    assert len(runs_of(made)) == sum(len(job.rungs) for job in made.jobs if not job.is_trial and job.seed != 1000)
+
+
+def test_a_study_that_an_older_version_began_goes_on(tmp_path, text):
+    opened(tmp_path, text)
+    said = json.loads((tmp_path / "study.json").read_text())
+    del said["setting"]["scratch_factors"]
+    (tmp_path / "study.json").write_text(json.dumps(said))
+    opened(tmp_path, text)
+    with pytest.raises(WarmstartError, match="differs in scratch_factors"):
+        prepare(tmp_path, dataclasses.replace(QUICK, scratch_factors=(2.0, 1.0)), [], [])
+
+
+def test_the_twofold_setting_compares_with_scratch_at_more_rates_than_any_arm_tries():
+    setting, hour = SETTINGS["twofold"], SETTINGS["hour"]
+    assert (
+        all(setting.sizes[name] == hour.sizes[name] for name in setting.sizes)
+        and setting.tuning_seed not in setting.seeds
+    )
+    assert all(1.5 <= setting.growth_factor(arm.target, arm.base) < 2.75 for arm in setting.arms)
+    jobs = jobs_of(setting)
+    own = [job for job in jobs if job.kind == TRIAL and job.target == "32x3"]
+    carried = [job for job in jobs if job.kind == TRANSFERRED_TRIAL]
+    assert len(own) > len(setting.factors) and {job.rate for job in carried} == set(setting.factors)
+    assert len(setting.seeds) >= 8 and setting.scratch_rungs[-1] >= 2 * setting.rungs[1]
 
 
 def test_budgets_shrink_where_the_text_is_short(tmp_path, text):

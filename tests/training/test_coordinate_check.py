@@ -51,7 +51,7 @@ def test_a_warmstart_trainer_moves_activations_alike_at_every_width(tmp_path, tr
     parent = tiny_model("llama", randomised=False)
     ids, moved = some_tokens(4, 16, seed=9), []
     for width in (2, 4):
-        child = grow(parent, width=width)
+        child = grow(parent, width=width, width_operator="perturbed_copy")
         before = child(ids, output_hidden_states=True).hidden_states[1].detach()
         options = {"learning_rate": RATE, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "weight_decay": 0.0}
         trainer = warmstart_trainer(

@@ -13,7 +13,7 @@ from .conftest import blocks, warmstart_trainer
 
 GROWTHS = [
     {"depth": 2},
-    {"width": 2},
+    {"width": 2, "width_operator": "perturbed_copy"},
     {"width": 1.5, "width_operator": "reference_slice", "depth": 1.5},
     {"vocab_size": 120},
 ]

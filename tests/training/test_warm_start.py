@@ -254,7 +254,7 @@ def test_the_trainers_card_tells_of_the_growth_and_of_the_last_evaluation(base, 
     trainer.train()
     trainer.create_model_card(license="mit")
     card = ModelCard.load(tmp_path / "README.md")
-    assert card.data.license == "mit" and "perturbed_copy" in card.data.tags
+    assert card.data.license == "mit" and "reference_slice" in card.data.tags
     loss = trainer.state.log_history[-2]["eval_loss"]
     assert "eval_loss" in card.text and f"{loss:.4g}"[:4] in card.text
     assert "2 optimizer steps" in card.text and (tmp_path / "curves.png").exists() == ("](curves.png)" in card.text)
