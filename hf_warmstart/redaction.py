@@ -43,6 +43,18 @@ def redact(words: object) -> str:
     return TOKEN.sub(HIDDEN, text)
 
 
+def redacted(error: BaseException) -> BaseException:
+    """An error in whose message, and in those of its causes, nothing stands that `redact` takes out; changed in place.
+
+    For `raise ... from`: a traceback prints the whole chain.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        seen.args = tuple(redact(arg) if isinstance(arg, str) else arg for arg in seen.args)
+        seen = seen.__cause__ or seen.__context__
+    return error
+
+
 def _own_tokens() -> Iterator[str]:
     """The tokens that this process would use: of the environment, and of the file that a login wrote."""
     for name in TOKEN_VARIABLES:

@@ -38,7 +38,7 @@ from ..growth.plan import RECORD_KEY, GrowthPlan, GrowthRecord, make_plan
 from ..growth.source import class_and_config
 from ..growth.state import check_state_policy
 from ..hub.save import CARD_NAME, GROWTH_NAME
-from .fetch import local_folder
+from .fetch import HubPlace, checked_subfolder, commit_of, local_folder
 from .low_disk import HubRepository, HubShards
 from .memory import Pieces, anonymous_memory, bytes_of, give_back, pieces
 from .ranks import barrier, on_main
@@ -115,7 +115,7 @@ class CheckpointGrowth:
         at_hand = isinstance(weights, LoadedWeights) or (
             isinstance(weights, StreamedWeights) and not isinstance(weights.source, HubShards)
         )
-        commit = None if isinstance(weights, ShardedWeights) else weights.revision
+        commit = None if isinstance(weights, ShardedWeights) else weights.place.commit
         if at_hand and record.parent_digest is not None:
             found, expected, what = weights.digest(self.pieces), record.parent_digest, "tensors have the sha256"  # type: ignore[union-attr]
         elif commit is not None and record.revision is not None:
@@ -129,7 +129,8 @@ class CheckpointGrowth:
             raise CheckpointError(
                 f"{self.folder} is not the parent that the record tells of: its {what} {found}, not {expected}. Pass the "
                 "parent as it was when it was grown"
-                + (f": {record.parent}, revision {record.revision}." if record.revision else ".")
+                + (f": {record.parent}, revision {record.revision}" if record.revision else "")
+                + (f", subfolder {record.subfolder}." if record.subfolder else ".")
             )
 
     def run(self, progress: Callable[[int, int], None] = _no_report) -> GrowthRecord:
@@ -209,6 +210,7 @@ def prepare_growth(
     max_memory: str | int | None = None,
     threads: int | None = None,
     revision: str | None = None,
+    subfolder: str = "",
     low_disk: bool = False,
     **options: Any,
 ) -> CheckpointGrowth:
@@ -221,15 +223,17 @@ def prepare_growth(
     pieces(max_memory, threads)  # what cannot be is told before anything is read
     target = _checked_target(output_dir)
     asked = GrowthConfig.of(growth_config, options)
-    repository = HubRepository.find(str(source), revision) if low_disk else None
-    folder = repository.folder if repository else local_folder(source, revision)
+    subfolder = checked_subfolder(subfolder)
+    where: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "state": bool(subfolder)}
+    repository = HubRepository.find(str(source), **where) if low_disk else None
+    folder = repository.folder if repository else local_folder(source, **where)
     shards = partial(HubShards, repository, target.parent / f".{target.name}.fetched") if repository else None
     _check_apart(target, folder)
     model_class, config = class_and_config(folder)
     _check_records(config)
-    commit = None
-    if folder != Path(source):
-        config._name_or_path, commit = str(source), folder.name
+    place = HubPlace()
+    if not Path(source).is_dir():
+        config._name_or_path, place = str(source), HubPlace(commit_of(folder, subfolder), subfolder)
     refuse_quantised(config, folder, shards)
     sharded = is_sharded(folder / SHARDED_MODEL)
     if shards is None:
@@ -242,7 +246,7 @@ def prepare_growth(
         if sharded:
             weights = ShardedWeights(plan, folder)
         else:
-            weights = whole_weights(plan, folder, commit, shard_bytes, shards)
+            weights = whole_weights(plan, folder, place, shard_bytes, shards)
             opened.callback(weights.close)
         training = TrainingFiles.of(folder, plan, state_policy)
         # Last, since the promise is of all that the process has, and reading a state takes its share.
@@ -304,6 +308,7 @@ def grow_checkpoint(
     max_memory: str | int | None = None,
     threads: int | None = None,
     revision: str | None = None,
+    subfolder: str = "",
     low_disk: bool = False,
     progress: Callable[[int, int], None] = _no_report,
     **options: Any,
@@ -324,6 +329,8 @@ def grow_checkpoint(
         threads (`int`, *optional*): that compute; by default one for each processor but one, which hashes and writes, at most
             eight. No byte depends on it.
         revision (`str`, *optional*): branch, tag or commit of a Hub id; the record keeps the commit.
+        subfolder (`str`, *optional*): of the source, such as `"checkpoint-500"` where `hub_strategy="all_checkpoints"` put it;
+            of a Hub id its training state is fetched too, and the record keeps it.
         low_disk (`bool`, defaults to `False`): of a Hub id, fetch a file of weights when it is needed and drop it again, rather
             than keep all in the Hub's cache: beside the new folder lie the few files that two of its own are made of. The
             record then names the parent by its commit alone, without a digest of its tensors.
@@ -351,6 +358,7 @@ def grow_checkpoint(
         max_memory=max_memory,
         threads=threads,
         revision=revision,
+        subfolder=subfolder,
         low_disk=low_disk,
         **options,
     )

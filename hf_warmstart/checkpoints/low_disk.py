@@ -20,11 +20,11 @@ from pathlib import Path
 from threading import Event, Lock
 from typing import Any, Protocol
 
-from huggingface_hub import hf_hub_download, hf_hub_url, model_info, snapshot_download
+from huggingface_hub import hf_hub_download, hf_hub_url, model_info
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff, tqdm
 
 from ..errors import CheckpointError, WarmstartError
-from .fetch import NO_SAFETENSORS, NOT_FETCHED, hub_faults
+from .fetch import checked_subfolder, fetched_folder, hub_faults, no_safetensors
 from .safetensors.format import short
 from .safetensors.layout import INDEX_NAME, SINGLE_NAME
 from .safetensors.source import Fault, OpenFile, SafetensorsSource, header_of, header_text, open_file
@@ -58,7 +58,7 @@ class HubRepository:
     """A commit of a repository: its small files in a folder of the Hub's cache, its safetensors on the Hub.
 
     Args:
-        repo_id, commit: which. folder: holds config, tokenizer and index.
+        repo_id, commit, subfolder: which. folder: holds config, tokenizer and index, and a training state.
         files: the safetensors, by name. headers: those that came already.
     """
 
@@ -67,10 +67,13 @@ class HubRepository:
     folder: Path
     files: dict[str, HubFile]
     headers: dict[str, bytes] = field(default_factory=dict)
+    subfolder: str = ""
 
     @classmethod
-    def find(cls, repo_id: str, revision: str | None = None) -> HubRepository:
-        """Ask the Hub what a revision is, and fetch all but the weights.
+    def find(
+        cls, repo_id: str, revision: str | None = None, subfolder: str = "", *, state: bool = False
+    ) -> HubRepository:
+        """Ask the Hub what a revision is, and fetch all but the weights; arguments as for `local_folder`.
 
         Raises:
             WarmstartError: it is a folder, or the Hub does not give it, or has no safetensors there.
@@ -79,19 +82,22 @@ class HubRepository:
             raise WarmstartError(
                 f"low_disk=True fetches a Hub id file by file; {repo_id!r} is a folder, whose files are here. Leave it out."
             )
+        subfolder = checked_subfolder(subfolder)
         with hub_faults(repo_id):
             info = model_info(repo_id, revision=revision, files_metadata=True)
-            commit = str(info.sha)
-            patterns = [*NOT_FETCHED, "*.safetensors"]
-            folder = Path(snapshot_download(repo_id, revision=commit, ignore_patterns=patterns))
+            commit, siblings = str(info.sha), info.siblings or ()
+            folder = fetched_folder(repo_id, commit, subfolder, state, "*.safetensors")
+        prefix = f"{subfolder}/" if subfolder else ""
         files = {
-            entry.rfilename: HubFile(entry.size or 0, str(entry.lfs.sha256 if entry.lfs else entry.blob_id))
-            for entry in info.siblings or ()
-            if entry.rfilename.endswith(".safetensors")
+            entry.rfilename.removeprefix(prefix): HubFile(
+                entry.size or 0, str(entry.lfs.sha256 if entry.lfs else entry.blob_id)
+            )
+            for entry in siblings
+            if entry.rfilename.startswith(prefix) and entry.rfilename.endswith(".safetensors")
         }
         if SINGLE_NAME not in files and not (folder / INDEX_NAME).exists():
-            raise WarmstartError(NO_SAFETENSORS.format(repo_id))
-        return cls(repo_id, commit, folder, files)
+            raise WarmstartError(no_safetensors(repo_id, subfolder, (entry.rfilename for entry in siblings)))
+        return cls(repo_id, commit, folder, files, subfolder=subfolder)
 
     def header(self, file: str) -> bytes:
         """The JSON at a file's beginning, by ranges of bytes."""
@@ -109,7 +115,7 @@ class HubRepository:
 
     def _range(self, file: str, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of a file."""
-        url = hf_hub_url(self.repo_id, file, revision=self.commit)
+        url = hf_hub_url(self.repo_id, file, subfolder=self.subfolder, revision=self.commit)
         headers = build_hf_headers(headers={"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"})
         found = bytearray()
         with hub_faults(self.repo_id), http_stream_backoff("GET", url, headers=headers, timeout=TIMEOUT) as response:
@@ -134,13 +140,20 @@ class HubRepository:
         """
         for _ in range(2):
             with hub_faults(self.repo_id):
-                hf_hub_download(self.repo_id, file, revision=self.commit, local_dir=folder, tqdm_class=_watch(stopped))
+                hf_hub_download(
+                    self.repo_id,
+                    file,
+                    subfolder=self.subfolder,
+                    revision=self.commit,
+                    local_dir=folder,
+                    tqdm_class=_watch(stopped),
+                )
             with ExitStack() as opened:
-                found = open_file(folder, file, opened)
+                found = open_file(folder / self.subfolder, file, opened)
                 if _checksum(found, self.files[file].checksum) and header_of(found) == self.headers[file]:
                     weakref.finalize(found, opened.pop_all().close)
                     return found
-            (folder / file).unlink()
+            (folder / self.subfolder / file).unlink()
         raise CheckpointError(
             f"{file} of {self.repo_id!r} came twice with another checksum than the Hub gives. Run the same again, or check "
             "the connection and the disk."
@@ -238,7 +251,7 @@ class HubShards(SafetensorsSource):
 
     def _drop(self, name: str, fetched: Future[OpenFile]) -> None:
         self._check(name, fetched)
-        (self._store / name).unlink(missing_ok=True)
+        (self._store / self.repository.subfolder / name).unlink(missing_ok=True)
 
     def _check(self, name: str, fetched: Future[OpenFile]) -> None:
         if fetched.exception() is None and not fetched.result().is_unchanged():

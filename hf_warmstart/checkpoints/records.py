@@ -18,6 +18,7 @@ from ..errors import CheckpointError, WarmstartError
 from ..growth.plan import RECORD_KEY, GrowthRecord
 from ..hub.facts import origin
 from ..hub.save import GROWTH_NAME
+from ..redaction import redacted
 
 
 def last_record(source: str | os.PathLike) -> GrowthRecord:
@@ -40,6 +41,11 @@ def last_record(source: str | os.PathLike) -> GrowthRecord:
             "makes it anew from the parent."
         )
     return records[-1]
+
+
+def parents_subfolder(record: GrowthRecord, source: str | os.PathLike) -> str:
+    """The subfolder of a source in which a record's parent lies; of a folder without it, the folder is the parent."""
+    return "" if Path(source).is_dir() and not Path(source, record.subfolder).is_dir() else record.subfolder
 
 
 def checksums(source: str | os.PathLike) -> dict[str, str]:
@@ -75,10 +81,10 @@ def _fetched(source: str, name: str) -> Path | None:
     try:
         return Path(hf_hub_download(source, name))
     except LocalEntryNotFoundError as error:
-        raise WarmstartError(f"{source!r} is no folder, and the Hub cannot be reached: {error}") from error
+        raise WarmstartError(f"{source!r} is no folder, and the Hub cannot be reached: {error}") from redacted(error)
     except EntryNotFoundError:
         return None
     except (HFValidationError, HfHubHTTPError) as error:
         raise WarmstartError(
             f"{source!r} is no folder, and the Hub does not give it: {' '.join(str(error).split())}"
-        ) from error
+        ) from redacted(error)

@@ -30,7 +30,7 @@ from ..version import __version__
 from .fetch import local_folder
 from .grow_checkpoint import one_thread_each
 from .memory import AHEAD, processors
-from .records import checksums, last_record
+from .records import checksums, last_record, parents_subfolder
 from .safetensors.format import nbytes_of, some
 from .safetensors.source import SafetensorsSource
 from .weights.pieces import Assembled
@@ -193,11 +193,11 @@ def verify(
 def _parent_folder(given: str | os.PathLike | None, record: GrowthRecord) -> Path:
     """Where the parent's files are."""
     if given is not None:
-        return local_folder(given)
+        return local_folder(given, subfolder=parents_subfolder(record, given))
     if not is_hub_id(record):
         named = f"names the parent {record.parent!r}, which is no Hub id" if record.parent else "names no parent"
         raise WarmstartError(f"The record {named}. Pass the folder or Hub id of the parent.")
-    return local_folder(record.parent, record.revision)
+    return local_folder(record.parent, record.revision, record.subfolder)
 
 
 def _growth(folder: Path, parent_folder: Path, record: GrowthRecord) -> tuple[PreTrainedConfig, GrowthPlan]:

@@ -22,6 +22,7 @@ EXAMPLES = """examples:
   hf-warmstart grow runs/base/checkpoint-500 runs/grown --width 2
   hf-warmstart grow my-org/my-model my-model-deep --depth 1.5 --max-memory 2GB
   hf-warmstart grow my-org/my-model wide --width 2 --dry-run
+  hf-warmstart grow my-org/my-model wide/checkpoint-500 --subfolder checkpoint-500 --width 2
   hf-warmstart grow my-org/my-model again --record my-org/my-grown-model
 A run that was stopped goes on where it was when the same command runs again.
 """
@@ -50,6 +51,11 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     parser.add_argument(
+        "--subfolder",
+        metavar="PATH",
+        help="of the source, with its training state; such as checkpoint-500 (default: what a --record names)",
+    )
+    parser.add_argument(
         "--low-disk", action="store_true", help="fetch a Hub id's files of weights one by one, and drop each after use"
     )
     parser.add_argument(
@@ -62,17 +68,21 @@ def add_to(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Grow; 0, or 1 where another growth was to be made again and the bytes are others."""
     from ..checkpoints.grow_checkpoint import prepare_growth
+    from ..checkpoints.records import parents_subfolder
     from ..growth.config import GrowthConfig
 
     asked, record = growth_options(options), None
     if options.record is not None:
         record = _record(options, asked)
         asked = {"growth_config": GrowthConfig.from_dict(record.growth_config)}
+        if options.subfolder is None:
+            options.subfolder = parents_subfolder(record, options.source)
     how = {
         "state_policy": options.state_policy,
         "max_shard_size": options.max_shard_size,
         "max_memory": options.max_memory,
         "revision": options.revision,
+        "subfolder": options.subfolder or "",
         "threads": options.threads,
         "low_disk": options.low_disk,
     }
@@ -139,7 +149,7 @@ def _check_with(growth: CheckpointGrowth, options: argparse.Namespace) -> str:
     if not isinstance(growth.weights, StreamedWeights):
         return ""
     command = ["hf-warmstart", "verify", options.target]
-    command += ["--parent", options.source] if Path(options.source).is_dir() else []
+    command += ["--parent", str(growth.folder)] if Path(options.source).is_dir() else []
     return f" Check it with: {shlex.join(command)}"
 
 

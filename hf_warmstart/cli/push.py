@@ -53,7 +53,7 @@ def add_to(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Push; 0."""
-    from ..hub.commit import check_repo_id, push_faults
+    from ..hub.commit import check_repo_id
     from ..hub.folder import prepare_push
 
     if options.create_pr and options.revision:
@@ -71,8 +71,7 @@ def run(options: argparse.Namespace) -> int:
             show(push, options)
             return 0
         where = {"private": options.private or None, "revision": options.revision, "create_pr": options.create_pr}
-        with push_faults(options.repo_id):
-            made = push.run(commit_message=options.message, **where)
+        made = push.run(commit_message=options.message, **where)
         told(push, made, options)
     return 0
 

@@ -199,7 +199,6 @@ def blocks(places: list[str], what: str, sequence_length: int, vocabulary: int, 
 
 def push(recipe: RunRecipe, results: Mapping[str, float]) -> CommitInfo:
     """Push what was trained, or grown, with a card that holds the recipe."""
-    from ..hub.commit import push_faults
     from ..hub.folder import known_certificate, prepare_push
 
     options = dict(recipe.push or {})
@@ -209,5 +208,5 @@ def push(recipe: RunRecipe, results: Mapping[str, float]) -> CommitInfo:
     # What `Trainer` says of the measurement changes with every run, and would make every push another commit.
     numbers = {name: value for name, value in results.items() if name in ("eval_loss", "eval_tokens")}
     card |= {"metrics": numbers, "recipe": recipe.text, "certificate": known_certificate(Path(recipe.grow["output"]))}
-    with prepare_push(recipe.pushed_folder, repo_id, **card) as prepared, push_faults(repo_id):
+    with prepare_push(recipe.pushed_folder, repo_id, **card) as prepared:
         return prepared.run(commit_message=message, **options)

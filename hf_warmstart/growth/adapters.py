@@ -19,29 +19,24 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from ..errors import ExactnessError, WarmstartError
-from .matrix import work_dtype
+from ..errors import ExactnessError, StateError, WarmstartError
+from .adapted_plan import adapter_growth, clean, is_adapters
 from .plan import GrowthPlan
-from .source import check_model
-from .transform import TensorGrowth
+from .source import ADAPTER_CONFIG_NAME, check_model
 from .wrapped import base_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# Parts of a name that peft puts in when it wraps a module, and parts that only its own tensors have.
-WRAPPED = {"base_layer", "original_module"}
-FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
-SAVED = "modules_to_save"
 MERGE = "Pass merge_adapter=True to grow the model with its adapters merged in."
 
 
@@ -75,7 +70,7 @@ def bare_base(model: PeftModel) -> PreTrainedModel:
     check_model(base)
     check_adapters(model)
     bare = empty_model(type(base), copy.deepcopy(base.config), base.dtype)
-    state = {_clean(n): tensor for n, tensor in base.state_dict().items() if not _is_adapters(n)}
+    state = {clean(n): tensor for n, tensor in base.state_dict().items() if not is_adapters(n)}
     bare.load_state_dict(state, strict=True, assign=True)
     bare.tie_weights()
     bare.to(base.device).train(base.training)
@@ -142,62 +137,53 @@ def adapted_child(model: PeftModel, child: PreTrainedModel, plan: GrowthPlan) ->
 
     base, grown_base = base_of(model), base_of(grown)
     parents = dict(base.state_dict(keep_vars=True).items())
-    sources = {_clean(name): tensor for name, tensor in parents.items()}
-    tied = grown_base.all_tied_weights_keys
+    sources = {clean(name): tensor for name, tensor in parents.items()}
     for name, target in grown_base.state_dict(keep_vars=True).items():
-        clean = _clean(name)
-        source = sources.get(plan.source_name(clean))
+        bare = clean(name)
+        source = sources.get(plan.source_name(bare))
         if source is None:
             continue
-        if _is_adapters(name):
-            target.data = _grown(clean, source, grown_base, plan, tied).to(source.dtype).to(child.device)
+        if is_adapters(name):
+            target.data = adapter_growth(bare, grown_base, plan).weight(source).to(child.device)
         if isinstance(target, nn.Parameter):
             target.requires_grad_(source.requires_grad)
     return grown.train(model.training)
 
 
-def _grown(name: str, tensor: Tensor, child: nn.Module, plan: GrowthPlan, tied: Mapping[str, str]) -> Tensor:
-    """One tensor of an adapter, grown."""
-    module, part, adapter, leaf = _parts(name)
-    if part == SAVED:
-        return _growth(plan, f"{module}.{leaf}", tied).weight(tensor)
-    layer = _growth(plan, f"{module}.weight", tied)
-    base_layer = child.get_submodule(module).get_base_layer()  # type: ignore[operator]
-    reads, writes = (0, 1) if isinstance(base_layer, (Conv1D, nn.Embedding)) else (1, 0)
-    work = tensor.to(work_dtype(tensor))
-    if part.endswith("_A"):
-        return layer.maps[reads].push(work, 1, layer.layout.roles[reads])
-    if leaf == "bias":
-        # It adds to what the layer writes, as the layer's own bias does where it has one.
-        own = f"{module}.bias"
-        layer = (
-            replace(_growth(plan, own, tied), layout=layer.layout, maps=layer.maps) if own in plan.placed else layer
+def adapted_on_meta(base: nn.Module, folder: Path, child: PeftModel) -> PeftModel:
+    """A base on the meta device with the adapters of a checkpoint, of the child's names.
+
+    Args:
+        base: it is wrapped in place. folder: as peft saves adapters, each but `default` in a folder of its name.
+
+    Raises:
+        StateError: it holds no such adapters.
+    """
+    from peft import LoraConfig
+
+    places = {name: folder if name == "default" else folder / name for name in child.peft_config}
+    missing = sorted(name for name, place in places.items() if not (place / ADAPTER_CONFIG_NAME).is_file())
+    if missing:
+        raise StateError(
+            f"The checkpoint {folder.name} holds no adapters {missing} ({ADAPTER_CONFIG_NAME}), which the grown model has. "
+            "Pass the checkpoint of the parent with its adapters, or leave warmstart_from out."
         )
-    pushed = layer.maps[writes].push(work, 0, layer.layout.roles[writes])
-    if layer.fill is not None:
-        return torch.zeros_like(pushed)
-    return pushed * (layer.factor if layer.shrink is None else layer.shrink)
-
-
-def _growth(plan: GrowthPlan, name: str, tied: Mapping[str, str]) -> TensorGrowth:
-    return plan.tensor(name if name in plan.placed else tied.get(name, name))
-
-
-def _is_adapters(name: str) -> bool:
-    """Whether a tensor is an adapter's own."""
-    return not {*FACTORS, SAVED}.isdisjoint(name.split("."))
-
-
-def _clean(name: str) -> str:
-    """The name of a tensor as if nothing were wrapped."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPED)
-
-
-def _parts(name: str) -> tuple[str, str, str, str]:
-    """Module, factor, adapter and leaf of an adapter's tensor: `(".. q_proj", "lora_A", "default", "weight")`."""
-    parts = name.split(".")
-    at = next(number for number, part in enumerate(parts) if part in (*FACTORS, SAVED))
-    return ".".join(parts[:at]), parts[at], parts[at + 1], ".".join(parts[at + 2 :])
+    configs = {}
+    for name, place in places.items():
+        try:
+            configs[name] = LoraConfig.from_pretrained(str(place))
+        except (ValueError, TypeError, KeyError) as error:
+            raise StateError(f"{ADAPTER_CONFIG_NAME} in {place} cannot be read: {error}") from error
+        configs[name].init_lora_weights = True  # others compute from the base's weights
+    first, *others = configs
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft has said it of the parent
+        wrapped = type(child)(
+            base, configs[first], adapter_name=first, autocast_adapter_dtype=False, low_cpu_mem_usage=True
+        )
+        for name in others:
+            wrapped.add_adapter(name, configs[name], low_cpu_mem_usage=True, autocast_adapter_dtype=False)
+    return wrapped
 
 
 # -- the adapter's config ---------------------------------------------------------------------------------------------

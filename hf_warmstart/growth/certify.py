@@ -95,7 +95,7 @@ def certify(
     growth_config: GrowthConfig | PreTrainedConfig | None = None,
     *,
     layout: Layout | None = None,
-    **options,
+    **options: Any,
 ) -> Certificate:
     """Prove, or refute, that a growth is exact, on a small random twin in true float64.
 

@@ -41,7 +41,7 @@ SPOT_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 1e-1
 def plan_growth(
     source: PreTrainedModel | PreTrainedConfig | str | os.PathLike,
     growth_config: GrowthConfig | PreTrainedConfig | None = None,
-    **options,
+    **options: Any,
 ) -> GrowthPlan:
     """Plan a growth without touching a weight.
 
@@ -82,7 +82,7 @@ def grow(
     growth_config: GrowthConfig | PreTrainedConfig | None = None,
     *,
     merge_adapter: bool = False,
-    **options,
+    **options: Any,
 ) -> PreTrainedModel:
     """Grow a model.
 

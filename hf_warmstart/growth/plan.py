@@ -51,6 +51,7 @@ class GrowthRecord:
         changes: config attribute -> [before, after].
         parameters: [before, after]. exact: whether the growth keeps the function.
         parent: the parent's Hub id, or the name of its folder. revision: its commit, if known.
+        subfolder: of the repository, in which the parent lies; empty for its top and for folders.
         parent_digest: sha256 of the parent's tensors, in the order of their names.
         library_version: version of hf_warmstart.
     """
@@ -64,9 +65,11 @@ class GrowthRecord:
     revision: str | None = None
     parent_digest: str | None = None
     library_version: str = __version__
+    subfolder: str = ""
 
     def to_dict(self) -> dict:
-        return dict(self.__dict__)
+        """Plain data; `subfolder` stands there only where it says something."""
+        return {name: value for name, value in self.__dict__.items() if value or name != "subfolder"}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> GrowthRecord:
@@ -312,7 +315,9 @@ class GrowthPlan:
         skip = {RECORD_KEY, "transformers_version"}
         return {n: [before.get(n), after[n]] for n in after if n not in skip and before.get(n) != after[n]}
 
-    def record(self, parent: str = "", revision: str | None = None, digest: str | None = None) -> GrowthRecord:
+    def record(
+        self, parent: str = "", revision: str | None = None, digest: str | None = None, subfolder: str = ""
+    ) -> GrowthRecord:
         """The record of this growth."""
         return GrowthRecord(
             self.growth_config.to_dict(),
@@ -323,6 +328,7 @@ class GrowthPlan:
             parent,
             revision,
             digest,
+            subfolder=subfolder,
         )
 
     def __str__(self) -> str:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import StateError, WarmstartError
+from .adapted_plan import AdaptedPlan
 from .layout import collect
 from .optimizers import RULES, StateRule, rule_for_entry
 from .plan import GrowthPlan
@@ -32,7 +33,7 @@ NEW, BORN = "new", "born"
 
 
 def grow_optimizer_state(
-    state_dict: Mapping[str, Any], plan: GrowthPlan, *, state_policy: StatePolicy = "carry"
+    state_dict: Mapping[str, Any], plan: GrowthPlan | AdaptedPlan, *, state_policy: StatePolicy = "carry"
 ) -> dict[str, Any]:
     """Grow an optimizer's state that is keyed by parameter name.
 
@@ -40,7 +41,7 @@ def grow_optimizer_state(
         state_dict: `{"state": {name: {"step", "exp_avg", ...}}, "param_groups": [{"params": [name, ...], ...}]}` with the
             parent's names, or only the inner `{name: {...}}`. It is not changed. Known are Adam and AdamW (with AMSGrad's
             maximum), SGD with momentum, Lion, Muon, and Adafactor of transformers and of torch.
-        plan: the growth, from `plan_growth`.
+        plan: the growth, from `plan_growth`; for a model with LoRA adapters an `AdaptedPlan` of it.
         state_policy (`str`, defaults to `"carry"`): `"carry"` takes the state along, `"asymmetric_reset"` only for the first
             copy of each entry (Adam's moments only; the state is `GrownAdamW`'s), `"reset"` gives an empty state.
 
@@ -73,7 +74,7 @@ def grow_optimizer_state(
 
 
 def grow_entry(
-    plan: GrowthPlan,
+    plan: GrowthPlan | AdaptedPlan,
     name: str,
     entry: Mapping[str, Any],
     state_policy: str,
@@ -116,7 +117,7 @@ def rule_of(name: str, entry: Mapping[str, Any], state_policy: str) -> StateRule
     return rule
 
 
-def new_entries(plan: GrowthPlan, growth: TensorGrowth, rows: tuple[int, int] | None = None) -> Tensor:
+def new_entries(plan: GrowthPlan | AdaptedPlan, growth: TensorGrowth, rows: tuple[int, int] | None = None) -> Tensor:
     """bool of a grown tensor, or of some of its rows: what `asymmetric_reset` takes for new."""
     if not plan.is_added(growth.name):
         return growth.new_entries(rows)
@@ -124,7 +125,7 @@ def new_entries(plan: GrowthPlan, growth: TensorGrowth, rows: tuple[int, int] | 
     return torch.ones(length, dtype=torch.bool)
 
 
-def grow_groups(groups: list[Mapping[str, Any]], plan: GrowthPlan) -> list[dict[str, Any]]:
+def grow_groups(groups: list[Mapping[str, Any]], plan: GrowthPlan | AdaptedPlan) -> list[dict[str, Any]]:
     """Parameter groups with the child's names, each in the child's own order of parameters."""
     children: dict[str, list[str]] = {}
     for name in plan.names:
@@ -146,7 +147,7 @@ def check_state_policy(state_policy: str) -> None:
 
 
 def check_state(
-    state: Mapping[str, Mapping[str, Any]], groups: list[Mapping], plan: GrowthPlan, *, complete: bool
+    state: Mapping[str, Mapping[str, Any]], groups: list[Mapping], plan: GrowthPlan | AdaptedPlan, *, complete: bool
 ) -> None:
     """Raise unless every name, state tensor and shape belongs to the plan's parent.
 

@@ -232,7 +232,8 @@ def _writes_text(config: PreTrainedConfig) -> bool:
 def _parent(record: GrowthRecord) -> str:
     """The parent in words."""
     if is_hub_id(record):
-        at = f" at revision `{record.revision}`" if record.revision else ""
+        at = f", folder `{record.subfolder}`," if record.subfolder else ""
+        at += f" at revision `{record.revision}`" if record.revision else ""
         return f"[{record.parent}](https://huggingface.co/{record.parent}){at}"
     return f"the local model `{record.parent}`" if record.parent else "a model without a name"
 
@@ -254,6 +255,8 @@ def _rebuild(config: PreTrainedConfig, records: list[GrowthRecord]) -> str:
     where = repr(source.parent) if is_hub_id(source) else repr("path/to/parent")
     if is_hub_id(source) and source.revision:
         where += f", revision={source.revision!r}"
+    if source.subfolder:
+        where += f", subfolder={source.subfolder!r}"
     lines = [
         f"from transformers import {model_class}",
         "",
@@ -275,7 +278,8 @@ def _command(records: list[GrowthRecord]) -> str | None:
     source = records[0]
     where = [source.parent] if is_hub_id(source) else ["path/to/parent"]
     revision = ["--revision", source.revision] if is_hub_id(source) and source.revision else []
-    return shlex.join(["hf-warmstart", "grow", *where, "grown", *revision, "--record", "THIS"])
+    subfolder = ["--subfolder", source.subfolder] if source.subfolder else []
+    return shlex.join(["hf-warmstart", "grow", *where, "grown", *revision, *subfolder, "--record", "THIS"])
 
 
 def _operators(names: list[str]) -> str:

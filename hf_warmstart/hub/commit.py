@@ -13,12 +13,19 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # type: ignore[attr-defined]
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalTokenNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 
-from ..errors import HubError, WarmstartError
+from ..errors import CheckpointError, HubError, WarmstartError
+from ..redaction import redacted
 from ..version import __version__
 from .save import files_below, stale_weights
 
@@ -63,22 +70,48 @@ def commit_folder(
         The `huggingface_hub.CommitInfo` of the commit, or of the last one where nothing is new.
 
     Raises:
-        huggingface_hub.errors.HfHubHTTPError: the Hub refused. HubError: `private`, and it exists and is public.
+        CheckpointError: files are missing.
+        HubError: the Hub refused, the connection broke, or `private` was asked of what exists and is public. What the client
+            raised is its `__cause__`.
     """
-    api = HfApi(token=token, library_name=LIBRARY, library_version=__version__)
+    names = list(files_below(folder) if files is None else files)
+    if missing := [name for name in names if not Path(folder, name).is_file()]:
+        raise CheckpointError(f"{folder} has no files {missing}, which were to be pushed. Nothing was sent.")
+    with push_faults(repo_id):
+        return _commit(
+            Path(folder),
+            repo_id,
+            names,
+            texts or {},
+            subfolder.strip("/") + "/" if subfolder.strip("/") else "",
+            HfApi(token=token, library_name=LIBRARY, library_version=__version__),
+            private,
+            {"commit_message": commit_message, "revision": revision, "create_pr": create_pr},
+        )
+
+
+def _commit(
+    folder: Path,
+    repo_id: str,
+    files: Iterable[str],
+    texts: Mapping[str, str],
+    prefix: str,
+    api: HfApi,
+    private: bool | None,
+    commit: Mapping[str, Any],
+) -> CommitInfo:
+    """The commit of `commit_folder`; `prefix` is what stands before the files' paths."""
+    revision = commit["revision"]
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if private and not api.model_info(repo_id).private:
         raise HubError(
             f"private=True, but {repo_id!r} exists and is public. Nothing was sent. Make it private in its settings, or pass "
             "another id."
         )
-    if revision and not create_pr and not revision.startswith("refs/"):
+    if revision and not commit["create_pr"] and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    contents: dict[str, Path | bytes] = {
-        name: Path(folder, name) for name in (files_below(folder) if files is None else files)
-    }
-    contents |= {name: text.encode() for name, text in (texts or {}).items()}
-    prefix = subfolder.strip("/") + "/" if subfolder.strip("/") else ""
+    contents: dict[str, Path | bytes] = {name: folder / name for name in files}
+    contents |= {name: text.encode() for name, text in texts.items()}
     there = api.list_repo_files(repo_id, revision=revision)
     stale = stale_weights((name.removeprefix(prefix) for name in there if name.startswith(prefix)), contents)
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
@@ -88,9 +121,7 @@ def commit_folder(
     with warnings.catch_warnings():
         # Of tables in a model repository: laws keep their runs in one.
         warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")
-        return api.create_commit(
-            repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
-        )
+        return api.create_commit(repo_id, operations, **commit)
 
 
 @contextmanager
@@ -100,6 +131,8 @@ def push_faults(repo_id: str) -> Iterator[None]:
         yield
     except WarmstartError:
         raise
+    except LocalTokenNotFoundError as error:
+        raise HubError(f"Nothing was pushed to {repo_id!r}: {REFUSALS[401]}") from redacted(error)
     except (HfHubHTTPError, HTTPError, ValueError, RuntimeError, OSError) as error:
         # A thread that uploads wraps what it met.
         cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ is not None else error
@@ -108,15 +141,17 @@ def push_faults(repo_id: str) -> Iterator[None]:
         if isinstance(cause, HfHubHTTPError):
             status = cause.response.status_code if cause.response is not None else None
             what = REFUSALS.get(status or 0, "run the same again later.")
-            raise HubError(f"The Hub refused the push to {repo_id!r} ({status}): {what} It says: {words}.") from error
+            raise HubError(
+                f"The Hub refused the push to {repo_id!r} ({status}): {what} It says: {words}."
+            ) from redacted(error)
         if isinstance(cause, ValueError):
-            raise HubError(f"The Hub refused the push to {repo_id!r}: {words}.") from error
-        if not isinstance(cause, (HTTPError, OSError)):
-            raise
+            raise HubError(f"The Hub refused the push to {repo_id!r}: {words}.") from redacted(error)
+        if not isinstance(cause, (HTTPError, OSError)) or getattr(cause, "filename", None):
+            raise  # of this library, or of a file that is being sent
         raise HubError(
             f"The connection to the Hub broke while {repo_id!r} was pushed: {words}. Run the same again: large files that "
             "arrived are not sent again, and a commit is made whole or not at all."
-        ) from error
+        ) from redacted(error)
 
 
 def check_repo_id(repo_id: str) -> None:

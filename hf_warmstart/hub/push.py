@@ -10,7 +10,7 @@ from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel
 
 from ..growth.certify import Certificate
-from .commit import commit_folder
+from .commit import check_repo_id, commit_folder
 from .save import save_grown
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def push_to_hub(
     token: bool | str | None = None,
     revision: str | None = None,
     create_pr: bool = False,
-    **save_kwargs,
+    **save_kwargs: Any,
 ) -> CommitInfo:
     """Push a grown model, its growth record and its card to the Hub in one commit.
 
@@ -68,9 +68,10 @@ def push_to_hub(
         The `huggingface_hub.CommitInfo` of the commit. The model is untouched.
 
     Raises:
-        WarmstartError: the model carries no record, a metric is not a finite number, or a keyword does not fit; nothing
-            is sent.
-        huggingface_hub.errors.HfHubHTTPError: the Hub refused.
+        WarmstartError: the model carries no record, a metric is not a finite number, a keyword does not fit, or `repo_id` is
+            no id; nothing is sent.
+        HubError: the Hub refused (no such token or right, no such revision, something changed meanwhile), or the connection
+            broke; what to do is said, and what the client raised is its `__cause__`.
 
     Example:
 
@@ -78,6 +79,7 @@ def push_to_hub(
         >>> push_to_hub(grown, "my-org/my-grown-model", license="apache-2.0").commit_url  # doctest: +SKIP
         'https://huggingface.co/my-org/my-grown-model/commit/...'
     """
+    check_repo_id(repo_id)
     with tempfile.TemporaryDirectory() as folder:
         # Saved first: what cannot be saved leaves no empty repository behind.
         save_grown(

@@ -48,7 +48,7 @@ def save_grown(
     selection: SelectionReport | None = None,
     history: Iterable[Mapping[str, Any]] | None = None,
     recommendation: HparamRecommendation | None = None,
-    **save_kwargs,
+    **save_kwargs: Any,
 ) -> Path:
     """Save a grown model with `growth.json` (records, certificate, metrics) and a `README.md` card.
 

@@ -217,10 +217,11 @@ def _escape(measures: Measures) -> Section | None:
     words = [
         "How far the weights have left what equal copies of the parent's can express, as share of their norm; 0 for copies."
     ]
-    points = list(enumerate(measures.escape.values()))
-    chart = lines(
-        {"escape": points}, x="checkpoint, in order", y="|w - P w| / |w|", title="Escape from the cloned subspace"
-    )
+    chart = ""  # one number is no line
+    if len(measures.escape) > 1:
+        series = {"escape": list(enumerate(measures.escape.values(), 1))}
+        title = "Escape from the cloned subspace"
+        chart = lines(series, x="checkpoint, in order", y="|w - P w| / |w|", title=title, from_zero=True)
     rows = [(name, f"{value:.4g}") for name, value in measures.escape.items()]
     return Section("escape", "Escape", words, chart, ("checkpoint", "escape"), rows)
 

@@ -126,7 +126,7 @@ class SelectionReport:
             The `huggingface_hub.CommitInfo` of the commit.
 
         Raises:
-            huggingface_hub.errors.HfHubHTTPError: the Hub refused.
+            HubError: the Hub refused, or the connection broke; what to do is said.
         """
         from .published import push_report
 
@@ -156,8 +156,8 @@ class SelectionReport:
         """The trainer for the choice; `train()` starts the planned run.
 
         Args:
-            parent, args: as for `select_warmstart`, for a report that was loaded; by default those that it was given. The
-                choice's policies go before those in `args`.
+            parent: as for `select_warmstart`, for a report that was loaded; by default the one that it was given.
+            args: likewise. The choice's policies go before those in `args`.
             **trainer_kwargs: for `WarmstartTrainer`; by default the data that the selection was given.
 
         Returns:

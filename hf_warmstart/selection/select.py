@@ -50,7 +50,8 @@ def select_warmstart(
         parent (`str` or `os.PathLike`): the parent's Trainer checkpoint.
         candidates (iterable of `Candidate`, *optional*): at least two; None for `candidate_pool()`, width 2. What of the pool
             a model does not admit is left out, with its reason in the report.
-        train_dataset, eval_dataset: as for `Trainer`. Of a stream the first examples are taken, as many as are needed.
+        train_dataset: as for `Trainer`. Of a stream the first examples are taken, as many as are needed.
+        eval_dataset: likewise.
         args (`TrainingArguments`): of the run that is to be started: its steps, schedule, batch and learning rate. Arms lie
             in `output_dir/_selection`, which is never pushed, the report in `output_dir`. `full_determinism=True` asks for
             deterministic kernels. A step takes `per_device_train_batch_size * gradient_accumulation_steps` examples in one

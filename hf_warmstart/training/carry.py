@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..checkpoints.torch_files.placement import Rows, from_rows, rows_of_parameter
 from ..errors import StateError
+from ..growth.adapted_plan import AdaptedPlan
 from ..growth.optimizers import rule_for_entry, rule_for_optimizer, same_buffers
 from ..growth.plan import GrowthPlan
 from ..growth.state import check_entry, grow_entry
@@ -23,7 +24,7 @@ from .grown_adamw import GrownAdamW
 
 
 def load_grown_state(
-    optimizer: Any, state: Mapping[str, Any], plan: GrowthPlan, *, state_policy: str = "carry"
+    optimizer: Any, state: Mapping[str, Any], plan: GrowthPlan | AdaptedPlan, *, state_policy: str = "carry"
 ) -> None:
     """Load the parent's optimizer state, grown, into the optimizer of the grown model.
 

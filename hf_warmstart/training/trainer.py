@@ -31,6 +31,8 @@ from ..checkpoints.fetch import training_state_folder
 from ..checkpoints.state.parent_state import GROWN_NAME, OWN_STATE, ParentState, read_parent_state
 from ..checkpoints.state.set_aside import set_aside_for_us
 from ..errors import StateError, WarmstartError
+from ..growth.adapted_plan import AdaptedPlan, clean, is_adapters
+from ..growth.adapters import adapted_on_meta
 from ..growth.config import GrowthConfig
 from ..growth.coordinates import (
     Factors,
@@ -41,6 +43,7 @@ from ..growth.coordinates import (
 )
 from ..growth.plan import GrowthPlan, GrowthRecord, make_plan
 from ..growth.twin import build
+from ..growth.wrapped import base_of, is_wrapped
 from ..hub.card import render_card
 from ..hub.history import CURVES_NAME, draw_curves, story
 from ..hub.save import CARD_NAME
@@ -64,7 +67,8 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
     A folder `checkpoint-N` is always complete, also after a SIGKILL: see `WholeCheckpointsTrainer`.
 
     Args:
-        model: a grown model (from `grow`, or loaded from where one was saved).
+        model: a grown model (from `grow`, or loaded from where one was saved); one with LoRA adapters, grown along with it,
+            goes on from the checkpoint of its parent with adapters.
         args: `WarmstartTrainingArguments`; plain `TrainingArguments` give its defaults.
         warmstart_from (`str` or `os.PathLike`, *optional*): the parent's checkpoint folder, with `optimizer.pt`,
             `scheduler.pt` and `trainer_state.json`, or a Hub id. Without it the run starts like a stock `Trainer`'s.
@@ -130,11 +134,20 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
         """An argument of `WarmstartTrainingArguments`, or its default under plain `TrainingArguments`."""
         return getattr(self.args, name, WarmstartTrainingArguments.__dataclass_fields__[name].default)
 
+    @property
+    def _base(self) -> PreTrainedModel:
+        """The model, without what peft has wrapped it in."""
+        return base_of(self.model) if is_wrapped(self.model) else self.model
+
     def _plan(self, parent_config: PreTrainedConfig | None = None) -> GrowthPlan:
         """The plan of the model's last growth."""
         record = _last_record(self.model)
-        config = parent_config or record.parent_config(self.model.config)
-        return make_plan(type(self.model), config, GrowthConfig.from_dict(record.growth_config))
+        config = parent_config or record.parent_config(self._base.config)
+        return make_plan(type(self._base), config, GrowthConfig.from_dict(record.growth_config))
+
+    def _with_adapters(self, plan: GrowthPlan) -> GrowthPlan | AdaptedPlan:
+        """The plan by the names of the model's own parameters."""
+        return AdaptedPlan(plan, self.model) if is_wrapped(self.model) else plan
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train: from the parent's state where this run is a new one, else from its own."""
@@ -194,7 +207,8 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
         if self._start is not None:
             state, plan = self._start
             if state.optimizer is not None:
-                load_grown_state(self.optimizer, state.optimizer, plan, state_policy=self._option("state_policy"))
+                whole = self._with_adapters(plan)
+                load_grown_state(self.optimizer, state.optimizer, whole, state_policy=self._option("state_policy"))
             if self._schedule_start or self._ramp_steps:
                 place_schedule(self.lr_scheduler, self._schedule_start, self.args.lr_scheduler_type)
         return prepared
@@ -206,8 +220,9 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
             StateError: it does not lead to this model.
         """
         plan, recorded = self._plan(config), _last_record(self.model).changes
-        tied = set(self.model.all_tied_weights_keys)
-        shapes = {n: tuple(tensor.shape) for n, tensor in self.model.state_dict().items() if n not in tied}
+        tied = set(self._base.all_tied_weights_keys)
+        tensors = {clean(name): tensor for name, tensor in self._base.state_dict().items() if not is_adapters(name)}
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name not in tied}
         if plan.changes != recorded:
             differing = f"growing its config changes {plan.changes}, the model's record says {recorded}"
         elif shapes != {name: tuple(shape) for name, shape in plan.target_shapes.items()}:
@@ -222,10 +237,13 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
     def _parent_on_meta(self, config: PreTrainedConfig | None) -> nn.Module:
         """The parent without weights, its parameters frozen where those of the child are."""
         plan = self._plan_from(config)
-        parent = build(type(self.model), plan.source_config, "meta")
+        parent: nn.Module = build(plan.model_class, plan.source_config, "meta")
+        if is_wrapped(self.model):
+            parent = adapted_on_meta(parent, Path(self.warmstart_from or ""), self.model)
         frozen = self.new_parts  # what this run froze, its parent trained
         trained = frozen.trained_before if frozen else [n for n, p in self.model.named_parameters() if p.requires_grad]
-        trainable = {plan.source_name(name) for name in trained}
+        whole = self._with_adapters(plan)
+        trainable = {whole.source_name(name) for name in trained}
         for name, parameter in parent.named_parameters():
             parameter.requires_grad_(name in trainable)
         return parent
@@ -247,6 +265,7 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
         made = self.optimizer is None
         self._made_optimizer = self._made_optimizer or made
         target = model if model is not None else self.model
+        self._refuse_with_adapters()
         if made and self._option("train_only") == "new":
             if self.new_parts is not None:
                 self.new_parts.release()
@@ -288,6 +307,17 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
             group["param_names"] = [names[id(parameter)] for parameter in group["params"]]
         self.optimizer = optimizer
         return optimizer
+
+    def _refuse_with_adapters(self) -> None:
+        """Raise where an argument is of the base's tensors, and adapters train."""
+        names = ("parent_coordinates", "learning_rate_transfer")
+        given = [name for name in names if self._option(name)]
+        given += ["train_only='new'"] if self._option("train_only") == "new" else []
+        if given and is_wrapped(self.model):
+            raise WarmstartError(
+                f"{' and '.join(given)} cannot be followed for adapters. Leave it out, or train the model with its adapters "
+                "merged: grow(..., merge_adapter=True)."
+            )
 
     def _grown_adamw(self, model: nn.Module) -> tuple[type[GrownAdamW], dict[str, Any]]:
         """`GrownAdamW` in the place of the AdamW that the arguments name."""
@@ -472,7 +502,8 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
 
 def _last_record(model: nn.Module) -> GrowthRecord:
     """The record of a model's last growth."""
-    records = GrowthRecord.all_of(model.config) if isinstance(model, PreTrainedModel) else []
+    base = base_of(model) if is_wrapped(model) else model
+    records = GrowthRecord.all_of(base.config) if isinstance(base, PreTrainedModel) else []
     if not records:
         raise WarmstartError(
             f"{type(model).__name__} carries no record of a growth, so no state can be carried into it. Pass a model from "

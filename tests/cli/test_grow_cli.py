@@ -18,6 +18,7 @@ import torch
 
 from hf_warmstart import GrowthConfig, GrowthRecord, WarmstartError, grow_checkpoint
 from hf_warmstart.checkpoints import grow_checkpoint as grow_checkpoint_module
+from hf_warmstart.checkpoints.fetch import HubPlace
 from hf_warmstart.checkpoints.grow_checkpoint import prepare_growth
 from hf_warmstart.checkpoints.memory import Pieces
 from hf_warmstart.checkpoints.records import last_record
@@ -279,7 +280,7 @@ def test_without_a_digest_commits_are_compared(parent, grown, target, caplog):
     with contextlib.closing(growth):
         growth.check_parent(replace(record, parent_digest=None, revision="e" * 40))
         assert "is not known" in caplog.text
-        growth.weights.revision = "e" * 40
+        growth.weights.place = HubPlace("e" * 40)
         caplog.clear()
         growth.check_parent(replace(record, parent_digest=None, revision="e" * 40))
         assert caplog.text == ""

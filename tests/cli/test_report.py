@@ -123,6 +123,29 @@ def test_text_and_lines_have_the_contrast_that_wcag_asks_of_text():
     assert all(_contrast(colour, "#ffffff") >= 4.5 for colour in (*colours, *COLOURS))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(390, 844), (1280, 900)], ids=["phone", "desk"])
+def test_in_a_browser_the_page_fits_can_be_read_and_needs_no_mouse(size, run, chromium, tmp_path):
+    chromium.open(write_report(run, tmp_path / "page.html").as_uri(), *size)
+    for opened in (False, True):
+        if opened:
+            chromium.evaluate("document.querySelectorAll('details').forEach((part) => (part.open = true))")
+        found = chromium.look()
+        assert found.texts > 60 and found.controls > 8
+        assert found.width <= size[0]
+        assert (found.errors, found.faint, found.unreached, found.unseen, found.lost) == ([], [], [], [], [])
+
+
+def test_one_checkpoint_gives_a_number_and_no_line(run, tmp_path):
+    folder = tmp_path / "one"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(run / "checkpoint-4" / name, folder)
+    text = write_report(folder).read_text()
+    section = text.split('<section id="escape"')[1].split("</section>")[0]
+    assert "<svg" not in section and "<details open>" in section and section.count("<td>") == 2
+
+
 def test_measures_say_what_they_are_of(run):
     found = measure(read_contents(run))
     assert list(found.activations) == ["step 2", "step 4", "end"] and len(found.activations["end"]) == 5

@@ -4,6 +4,7 @@ A block may have an HTML comment right before it, which readers do not see:
 
     <!-- test: skip because ... -->     compiled or parsed, not run
     <!-- test: after NAME -->           run after one of `PREPARATIONS`
+    <!-- test: clone -->                needs files that are in the repository and not in the wheel; its section says so
 """
 
 from __future__ import annotations
@@ -17,18 +18,24 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\s*$")
-MARKER = re.compile(r"<!-- test: (skip|after) ?(.*?) ?-->")
+MARKER = re.compile(r"<!-- test: (skip|after|clone) ?(.*?) ?-->")
 KNOWN = {"python", "bash", "text", "yaml", "json", "mermaid", "bibtex"}
 
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block. line (`int`): of its fence. how, what: the marker before it, both empty where there is none."""
+    """One fenced block.
+
+    Args:
+        line (`int`): of its fence. section: the page's text from the heading above to the fence.
+        how, what: the marker before it, both empty where there is none.
+    """
 
     page: Path
     line: int
     language: str
     text: str
+    section: str = ""
     how: str = ""
     what: str = ""
 
@@ -39,11 +46,11 @@ class Block:
 
 def blocks_of(page: Path) -> Iterator[Block]:
     """All fenced blocks of a page, in order."""
-    opened, language, content, marker = 0, "", [], ("", "")
+    opened, language, content, marker, section = 0, "", [], ("", ""), ""
     for number, line in enumerate(page.read_text().splitlines(), 1):
         fence = FENCE.match(line)
         if opened and line.rstrip() == "```":
-            yield Block(page, opened, language, "\n".join(content) + "\n", *marker)
+            yield Block(page, opened, language, "\n".join(content) + "\n", section, *marker)
             opened, content, marker = 0, [], ("", "")
         elif opened:
             content.append(line)
@@ -53,6 +60,7 @@ def blocks_of(page: Path) -> Iterator[Block]:
             marker = (found[1], found[2])
         elif line.strip():
             marker = ("", "")
+            section = line if line.startswith("#") else f"{section}\n{line}"
 
 
 def commands_of(block: Block) -> list[list[str]]:

@@ -77,7 +77,7 @@ PREPARATIONS = {"growth runs in runs.csv": _growth_runs, "my-org/my-model is the
 
 def _run_page(page: Path, workplace) -> None:
     # A checkpoint that the page makes itself is not to be there already.
-    if "runs/parent" in page.read_text():
+    if "LlamaForCausalLM(config)" in page.read_text():
         shutil.rmtree(workplace.folder / "runs")
     for block in blocks_of(page):
         if block.how == "skip":
@@ -134,6 +134,14 @@ def test_a_broken_block_is_caught(workplace, tmp_path):
     page.write_text("```bash\nhf-warmstart plan runs/base/checkpoint-500 --width 1.01\n```\n")
     with pytest.raises(AssertionError):
         _run_page(page, workplace)
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "bash"], ids=lambda b: b.name)
+def test_blocks_that_need_a_clone_say_so(block):
+    words = [word for command in commands_of(block) for word in command]
+    needs = "make" in words or any(word.startswith(("examples/", "benchmarks", ".[")) or word == "." for word in words)
+    assert needs == (block.how == "clone"), "mark it with <!-- test: clone -->"
+    assert not needs or "clone" in block.section, "who has the wheel alone cannot follow it, and has to know"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import pickle
+import traceback
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from hf_warmstart import (
     push_to_hub,
 )
 from hf_warmstart.cli import main
+from hf_warmstart.errors import HubError
 from hf_warmstart.redaction import HIDDEN, UnsavedToken, redact, token_places
 
 from ..models import some_tokens
@@ -133,8 +135,14 @@ def test_no_message_holds_a_token_whatever_the_hub_or_the_user_says(hub, grown, 
     assert HIDDEN in err and ("Traceback" in err) is bool(debug)
 
 
-def test_errors_of_the_library_itself_hold_no_token(hub, tmp_path):
-    echo = f"Your token {TOKEN} is refused."
+def test_errors_of_the_library_itself_hold_no_token(hub, grown, tmp_path):
+    echo = f"Your token {TOKEN} is refused; see https://host/y?Signature=abc"
+    for path, status in [("/repos/create", 401), ("/preupload/", 404), ("/commit/", 403), ("/commit/", 409)]:
+        hub.fail("POST", path, status=status, message=echo)
+        with pytest.raises(HubError, match=str(status)) as caught:
+            push_to_hub(grown, "user/big", token=TOKEN)
+        shown = "".join(traceback.format_exception(caught.value))
+        assert TOKEN not in shown and "Signature=abc" not in shown and HIDDEN in shown
     hub.fail("GET", "^/api/models/", times=10**6, status=403, message=echo)
     hub.fail("HEAD", "/resolve/", times=10**6, status=403, message=echo)
     for call in (
@@ -146,7 +154,8 @@ def test_errors_of_the_library_itself_hold_no_token(hub, tmp_path):
     ):
         with pytest.raises(WarmstartError) as caught:
             call()
-        assert "org/tiny" in str(caught.value) and TOKEN not in str(caught.value)
+        assert "org/tiny" in str(caught.value)
+        assert TOKEN not in "".join(traceback.format_exception(caught.value))
 
 
 def test_words_are_redacted_by_form_and_by_what_is_in_use(monkeypatch):

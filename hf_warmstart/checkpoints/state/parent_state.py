@@ -31,8 +31,9 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ...errors import StateError
+from ...growth.adapted_plan import is_adapters
 from ...growth.layout import collect
-from ...growth.source import read_config
+from ...growth.source import ADAPTER_CONFIG_NAME, read_config
 from ...growth.state import BORN, NEW, check_entry
 from ..torch_files.sharded import ShardedFolder, is_sharded
 from ..torch_files.source import read_state_file, readable
@@ -50,7 +51,8 @@ class ParentState:
     """The training state in a parent's checkpoint.
 
     Args:
-        config: the parent's config; None where the folder has none (`Accelerator.save_state` and FSDP2's sharded checkpoints).
+        config: the parent's config; None where the folder has none (`Accelerator.save_state`, FSDP2's sharded checkpoints, and
+            those of adapters).
         step: how many optimizer steps it took.
         optimizer: `{"state": {name: ...}, "param_groups": [...]}` keyed by the parent's parameter names; None if not read.
             The inner mapping may read each entry from disk when it is asked for.
@@ -105,9 +107,10 @@ def read_parent_state(
     sharded = is_sharded(folder / SHARDED_OPTIMIZER)
     scheduler_file = _first_file(folder, SCHEDULER_NAMES)
     missing = [] if by_trainer or by_accelerate else [TRAINER_STATE_NAME]
-    # Of a sharded model Trainer writes no config; the child's record of its growth knows the parent's.
+    # Of a sharded model, and of adapters, Trainer writes no config; the child's record of its growth knows the parent's.
     in_shards = sharded or any(folder.glob("optimizer_*rank*.bin"))
-    if not by_accelerate and not in_shards and not (folder / "config.json").is_file():
+    described = any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG_NAME))
+    if not by_accelerate and not in_shards and not described:
         missing.append("config.json")
     if optimizer and file is None and not sharded:
         missing.append(f"{OPTIMIZER_NAME} (or pass state_policy='reset')")
@@ -275,6 +278,8 @@ def _warn_of_guess(
 ) -> None:
     """Say which parameters a file without names is taken to be of, where they are not all."""
     held = {name for group in named["param_groups"] for name in group["params"]}
+    if any(is_adapters(name) for name in held):
+        return  # what trains beside a frozen base is in the adapter's config
     if len(held) < len(parameters) and not all("param_names" in group for group in groups):
         warnings.warn(
             f"The optimizer file has no names and is of {len(held)} of {len(parameters)} parameters. They are taken to be "

@@ -33,6 +33,7 @@ from ...growth.twin import FAULTS, build
 from ...hub.facts import certify_record
 from ...hub.save import description, save_grown
 from ...version import __version__
+from ..fetch import HubPlace
 from ..low_disk import HubShards
 from ..memory import AHEAD, Pieces
 from ..safetensors.layout import INDEX_NAME, SINGLE_NAME, FolderLayout, folder_layout
@@ -56,7 +57,7 @@ class StreamedWeights:
 
     plan: GrowthPlan
     folder: Path
-    revision: str | None
+    place: HubPlace
     max_shard_size: str | int
     source: SafetensorsSource
     loaded: Mapping[str, Assembled]
@@ -71,7 +72,7 @@ class StreamedWeights:
         cls,
         plan: GrowthPlan,
         folder: Path,
-        revision: str | None,
+        place: HubPlace,
         max_shard_size: str | int,
         open_source: Callable[[], SafetensorsSource],
     ) -> StreamedWeights:
@@ -90,7 +91,7 @@ class StreamedWeights:
         except BaseException:
             source.close()
             raise
-        return cls(plan, folder, revision, max_shard_size, source, loaded, parent, grown, view, generation)
+        return cls(plan, folder, place, max_shard_size, source, loaded, parent, grown, view, generation)
 
     @property
     def _tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -209,7 +210,7 @@ class StreamedWeights:
         """The child's config with its record, as `save_pretrained` writes it."""
         plan = self.plan
         config = copy.deepcopy(plan.target_config)
-        record = plan.record(parent_name(plan.source_config), self.revision, digest)
+        record = plan.record(parent_name(plan.source_config), self.place.commit, digest, self.place.subfolder)
         setattr(config, RECORD_KEY, [*(getattr(plan.source_config, RECORD_KEY, None) or []), record.to_dict()])
         config._name_or_path = ""
         config.architectures = [plan.model_class.__name__]
@@ -232,7 +233,7 @@ class LoadedWeights:
 
     plan: GrowthPlan
     folder: Path
-    revision: str | None
+    place: HubPlace
     max_shard_size: str | int
     computed: bool = False
 
@@ -259,6 +260,7 @@ class LoadedWeights:
         parent.config._name_or_path = self.plan.source_config._name_or_path
         child = grow(parent, self.plan.growth_config)
         del parent
+        self._tell_place(child)
         try:
             save_grown(child, staging.folder, max_shard_size=self.max_shard_size)
         except SafetensorError as error:
@@ -268,6 +270,13 @@ class LoadedWeights:
                 torch.save(child.state_dict(), staging.folder / FULL_MODEL)
         progress(self.nbytes, self.nbytes + other_nbytes)
         return GrowthRecord.all_of(child.config)[-1]
+
+    def _tell_place(self, child: PreTrainedModel) -> None:
+        """In the record of the growth, where on the Hub the parent lies: a model in memory does not know."""
+        if self.place.commit is not None:
+            *before, last = GrowthRecord.all_of(child.config)
+            last = replace(last, revision=self.place.commit, subfolder=self.place.subfolder)
+            setattr(child.config, RECORD_KEY, [record.to_dict() for record in (*before, last)])
 
     def _parent(self) -> PreTrainedModel:
         model_class = self.plan.model_class
@@ -294,24 +303,24 @@ class LoadedWeights:
 def whole_weights(
     plan: GrowthPlan,
     folder: Path,
-    revision: str | None,
+    place: HubPlace,
     max_shard_size: str | int,
     shards: Callable[[], HubShards] | None = None,
 ) -> StreamedWeights | LoadedWeights:
     """The weights of a source, checked; a warning says where they have to be loaded.
 
     Args:
-        shards: opens those that are not in the folder.
+        place: of the folder on the Hub. shards: opens those that are not in the folder.
 
     Raises:
         CheckpointError: the files are not what they should be. UntraceableError: they must be loaded, and are not there.
     """
-    loaded = LoadedWeights(plan, folder, revision, max_shard_size)
+    loaded = LoadedWeights(plan, folder, place, max_shard_size)
     if shards is None and ((folder / FULL_MODEL).is_file() or not has_safetensors(folder)):
         return loaded
     try:
         open_source = shards or partial(SafetensorsSource, folder)
-        return StreamedWeights.open(plan, folder, revision, max_shard_size, open_source)
+        return StreamedWeights.open(plan, folder, place, max_shard_size, open_source)
     except UntraceableError as error:
         if shards is not None:
             raise UntraceableError(f"{error} So it is grown in memory: leave low_disk out.") from error

@@ -41,7 +41,8 @@ class GrowthAdvice:
         expected_speedup (`float`, *optional*): tokens that scratch needs for the grown model's loss, over the grown model's.
         expected_speedup_with_base_cost (`float`, *optional*): the same with the FLOPs of the base's own training on the
             grown model's side.
-        params, tokens (`float`): of the target. base_params (`float`): of the base that was given or is meant.
+        params (`float`): of the target. tokens (`float`): that it is to be trained on.
+        base_params (`float`): of the base that was given or is meant.
         base_tokens (`float`, *optional*): that it has seen, or is taken to have.
         estimates (`dict[str, Estimate]`): every figure with its interval, or why it is not known: `growth_factor` (the best by
             the law), `upper_bound`, `loss_change` (relative to scratch), `loss_difference` (nats per token at the level of
@@ -50,7 +51,7 @@ class GrowthAdvice:
         options (`list[dict]`): the ways to spend the FLOPs, best first, with `loss_change` relative to scratch.
         bases (`list[dict]`): of a family: which would serve, best first.
         paths (`PathComparison`, *optional*): stages against one jump. depth (`dict`): the guideline for stacking.
-        warnings, assumptions, sources: in words.
+        warnings (`list[str]`): in words; so are `assumptions` and `sources`.
     """
 
     advice: str

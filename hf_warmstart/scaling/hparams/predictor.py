@@ -201,35 +201,33 @@ class HparamPredictor(
         Args:
             tokens (`float`): of the run. sequence_length (`int`): of its sequences, in tokens.
             params (`float`, *optional*): N, without lookup tables and head; read off the checkpoint where there is one.
-            checkpoint (*optional*): a folder with `config.json`, and `trainer_state.json` where there is one; or a Hub id.
-            model (`PreTrainedModel`, *optional*), config (`PreTrainedConfig`, *optional*): in place of the checkpoint's.
-            eval_dataset, tokenizer (*optional*): the law's own evaluation set, on which the loss is measured over tokens.
-            eval_loss (`float`, *optional*): the loss instead, in nats per token. eval_fingerprint (`Fingerprint`,
-                *optional*): of
-                what it was measured on.
-            probe_loss, probe_tokens (`float`, *optional*): the loss after a short run from the checkpoint on the new text,
-                decayed at its end, and its tokens. What the law says of it, less the tokens, counts where it is more than
-                `eval_loss` says: a checkpoint of other text starts high and falls within a few steps, so that its first loss
-                tells of the text rather than of what it knows.
-            tokens_seen (`float`, *optional*): by the checkpoint. annealed (`bool`, *optional*): whether its rate was decayed.
-            world_size (`int`, defaults to 1): devices. per_device_train_batch_size (`int`, *optional*): sequences
-                that fit on one;
-                8 where it is not said. The batch is rounded to what these divide, and the learning rate moved along the ridge.
-            batch_tokens (`float`, *optional*): a batch that is given, in place of the law's.
-            replay_share (`float`, defaults to 0): of the tokens, that are of the old text; they cost compute like any.
-            cautious (`bool`, defaults to `False`): the lower end of the learning rate's interval (of a preset, half of it), for
-                less forgetting.
-            trust_loss (`bool`, defaults to `False`): take a loss that cannot be checked to be the law's for one that is.
+            **options: the checkpoint, its loss, and what is fixed already, each optional:
+
+                - `checkpoint`: a folder with `config.json`, and `trainer_state.json` where there is one; or a Hub id.
+                - `model` (`PreTrainedModel`), `config` (`PreTrainedConfig`): in place of the checkpoint's.
+                - `eval_dataset`, `tokenizer`: the law's own evaluation set, on which the loss is measured over tokens.
+                - `eval_loss` (`float`): the loss instead, in nats per token. `eval_fingerprint` (`Fingerprint`): of what it was
+                  measured on.
+                - `probe_loss`, `probe_tokens` (`float`): the loss after a short run from the checkpoint on the new text,
+                  decayed at its end, and its tokens. What the law says of it, less the tokens, counts where it is more than
+                  `eval_loss` says: a checkpoint of other text starts high and falls within a few steps, so that its first
+                  loss tells of the text rather than of what it knows.
+                - `tokens_seen` (`float`): by the checkpoint. `annealed` (`bool`): whether its rate was decayed.
+                - `world_size` (`int`, 1): devices. `per_device_train_batch_size` (`int`, 8): sequences that fit on one. The
+                  batch is rounded to what these divide, and the learning rate moved along the ridge.
+                - `batch_tokens` (`float`): a batch that is given, in place of the law's.
+                - `replay_share` (`float`, 0): of the tokens, that are of the old text; they cost compute like any.
+                - `cautious` (`bool`, `False`): the lower end of the learning rate's interval (of a preset, half of it), for
+                  less forgetting.
+                - `trust_loss` (`bool`, `False`): take a loss that cannot be checked to be the law's for one that is.
 
         Returns:
-            `HparamRecommendation`. A loss at or below the law's floor is no compute: with the tokens seen known it
-            counts by the
-            compute spent, with a warning.
+            `HparamRecommendation`. A loss at or below the law's floor is no compute: with the tokens seen known it counts by
+            the compute spent, with a warning.
 
         Raises:
-            WarmstartError: impossible or missing numbers; a loss of another text, tokenizer or family than the
-            law's; a loss at or
-                below the law's floor with nothing else to go by.
+            WarmstartError: impossible or missing numbers; a loss of another text, tokenizer or family than the law's; a loss
+                at or below the law's floor with nothing else to go by.
         """
         if unknown := sorted(set(options) - set(signature(recommend).parameters)):
             raise WarmstartError(
@@ -297,15 +295,17 @@ class HparamPredictor(
         """Push the laws, their draws, the runs as Parquet, a plot and the card in one commit.
 
         Args:
-            repo_id (`str`): made if missing. license (`str`, *optional*): the Hub's identifier of the licence. Never guessed.
-            commit_message, private, token, revision, create_pr: as for `hf_warmstart.push_to_hub`. branch, config,
-                model_card_kwargs: what `ModelHubMixin.save_pretrained` hands over; a branch is a revision, the config is ours.
+            repo_id (`str`): made if missing.
+            license (`str`, *optional*): the Hub's identifier of the licence. Never guessed.
+            commit_message (`str`): as for `hf_warmstart.push_to_hub`; so are `private`, `token`, `revision` and `create_pr`.
+            branch: what `ModelHubMixin.save_pretrained` hands over, with `config` and `model_card_kwargs`; a branch is a
+                revision, the config is ours.
 
         Returns:
             The `huggingface_hub.CommitInfo` of the commit.
 
         Raises:
-            huggingface_hub.errors.HfHubHTTPError: the Hub refused.
+            HubError: the Hub refused, or the connection broke; what to do is said.
         """
         from ...hub.commit import commit_folder
 

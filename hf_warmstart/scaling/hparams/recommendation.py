@@ -26,22 +26,23 @@ class HparamRecommendation:
     Args:
         learning_rate (`float`): the peak, for the batch as rounded. batch_tokens (`int`): of one optimizer step.
         batch_sequences (`int`): the same in sequences.
-        per_device_train_batch_size, gradient_accumulation_steps, world_size (`int`): their product is `batch_sequences`.
+        per_device_train_batch_size (`int`): times the next two it is `batch_sequences`.
+        gradient_accumulation_steps (`int`): see there.
+        world_size (`int`): devices.
         steps (`int`): optimizer steps of the run.
         equivalent_compute (`float`): FLOPs that training from scratch would need for the checkpoint's loss; of a preset, that
             were spent on the checkpoint; 0 from scratch.
         planned_compute (`float`): FLOPs of the run. total_compute (`float`): the sum, at which the laws are read.
         intervals (`dict[str, tuple[float, float]]`): 95 % intervals of `learning_rate`, `batch_tokens`,
-            `equivalent_compute` and
-            `total_compute`; empty for presets, whose sources give none.
+            `equivalent_compute` and `total_compute`; empty for presets, whose sources give none.
         warnings (`list[str]`): what may make the numbers wrong, and what they do not weigh.
-        optimal_learning_rate, optimal_batch_tokens (`float`): of the laws, before rounding. ridge (`float`): the
-            exponent of the
-            batch by which the learning rate followed it.
+        optimal_learning_rate (`float`): of the laws, before rounding.
+        optimal_batch_tokens (`float`): likewise.
+        ridge (`float`): the exponent of the batch by which the learning rate followed it.
         recipe (`Recipe`): schedule and optimizer. sources (`dict[str, str]`): of every number.
-        law (`str`): its name. params, tokens (`float`), sequence_length (`int`): of the run. eval_loss (`float`,
-            *optional*): of
-            the checkpoint, in the law's unit. replay_share (`float`): of the tokens, that are of the old text.
+        law (`str`): its name. params, tokens (`float`), sequence_length (`int`): of the run.
+        eval_loss (`float`, *optional*): of the checkpoint, in the law's unit.
+        replay_share (`float`): of the tokens, that are of the old text.
         laws (`FittedLaws`): what it was read from.
 
     Example:

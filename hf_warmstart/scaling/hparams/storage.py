@@ -21,6 +21,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 
 from ...errors import CheckpointError, WarmstartError
 from ...hub.facts import to_json
+from ...redaction import redacted
 from ...version import __version__
 from ..tables.runs import RunTable
 from .fitted import FittedLaws
@@ -101,4 +102,4 @@ def fetched(load: Callable, source: str, options: dict[str, Any]) -> Any:
         return load(source, **options)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         words = " ".join(str(error).split())
-        raise WarmstartError(f"{source!r} is no law that could be loaded: {words} {presets}") from error
+        raise WarmstartError(f"{source!r} is no law that could be loaded: {words} {presets}") from redacted(error)

@@ -129,8 +129,9 @@ def run_sweep(
 
     Args:
         target: a model, a config, a folder or a Hub id; no weights are used.
-        train_dataset, eval_dataset: files of text (a path or several), a `Dataset` with a column `text` or `input_ids`, or
-            token ids. The target's training data, and held-out text of the same kind.
+        train_dataset: the target's training data: files of text (a path or several), a `Dataset` with a column `text` or
+            `input_ids`, or token ids.
+        eval_dataset: held-out text, in one of these forms.
         output_dir: new, empty, or of this very sweep.
         tokens (`float`): D that is planned for the target, in tokens; only the cost beforehand depends on it.
         sequence_length (`int`): T, in tokens.
