@@ -62,8 +62,8 @@ def extrapolated(curves: Mapping[str, Curve], used: Mapping[str, Mapping[int, fl
         The leader's loss at the last step and, for each candidate, that and its distance at the end.
     """
     leader = min(curves, key=lambda name: (final_loss(curves[name]), name))
-    ahead, found = dict(map(tuple, curves[leader])), {}
-    last = curves[leader][-1][0]
+    ahead = {row[0]: row[1] for row in curves[leader]}
+    last, found = curves[leader][-1][0], {}
     for name, rows in curves.items():
         fitted = [(step, loss - ahead[step]) for step, loss in rows if step >= last / 2**DOUBLINGS and step > 0]
         shares = [used[name][int(step)] for step, _ in fitted]
