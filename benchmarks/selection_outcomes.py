@@ -79,7 +79,7 @@ def figures(scale: Scale, cases: Sequence[Case], found: Sequence[Outcome], name:
         f"Set `{name}`: {len(found)} of {len(cases)} settings are complete. {len(candidates(scale))} candidates, planned runs "
         f"of {scale.steps} steps of {scale.batch} x {scale.length} tokens, {scale.repeats} repeats each; the selection may "
         f"cost {scale.share:.0%} of running every candidate to the end once: probes of {scale.probe_steps[-1]} steps, "
-        f"continuations to {scale.continuation_steps}, {scale.schedule} schedule, ranked by `{scale.objective}`, "
+        f"continuations to at most {scale.continuation_steps}, {scale.schedule} schedule, ranked by `{scale.objective}`, "
         f"repeats: {scale.selector_repeats}. "
         + ", ".join(f"{package} {version}" for package, version in versions().items())
         + "."

@@ -65,7 +65,7 @@ def add_to(commands: Any) -> None:
         "--objective",
         default="final_loss",
         metavar="NAME",
-        help="final_loss, auc or extrapolated (default: %(default)s)",
+        help="final_loss, auc, or extrapolated, by a race as far as the budget goes (default: %(default)s)",
     )
     parser.add_argument(
         "--max-memory", metavar="SIZE", help="that an arm may take, such as 8GB (default: what is free)"

@@ -20,9 +20,9 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -91,6 +92,7 @@ def run_arm(
         rates = [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
         result["learning_rate"] = rates[-1] if rates else None
         result["seconds_per_step"] = watch.seconds_per_step
+        result["used"] = used_up(trainer, study.planned_steps, [row["step"] for row in rows])
     else:
         result["evaluations"] = watch.evaluations
         for checkpoint in folder.glob("checkpoint-*"):
@@ -111,6 +113,20 @@ def _trained(study: Study, parent: PreTrainedModel, name: str, repeat: int, watc
             _prepare_measures(study, parent, trainer, name, watch)
     trainer.train(resume_from_checkpoint=last)
     return trainer
+
+
+def used_up(trainer: WarmstartTrainer, planned: int, steps: Sequence[int]) -> list[float]:
+    """Shares of the planned run's learning rates that are used up at some steps: their sum so far over that of all steps.
+
+    Of a schedule that depends on more than the step, shares of the steps.
+    """
+    scheduler, start = trainer.lr_scheduler, trainer._schedule_start
+    rates = [1.0] * planned
+    if isinstance(scheduler, LambdaLR):
+        rates = [scheduler.lr_lambdas[0](start + step) for step in range(planned)]
+    total = sum(rates) or 1.0
+    so_far = [0.0, *accumulate(rates)]
+    return [so_far[step] / total for step in steps]
 
 
 def _prepare_measures(

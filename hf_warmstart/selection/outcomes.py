@@ -7,15 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from scipy.stats import spearmanr
 
 from .study import Study
 
 OBJECTIVES = ("final_loss", "auc", "extrapolated")
-# The most of a gain that is taken to come again in the next doubling of the steps. Chosen on the development settings of
-# `benchmarks/selection_check.py`, where a damaged candidate's gains fell by 0.61 to 0.83 in each: `docs/selection.md`.
-MOST_LASTING = 0.75
 # Cheap metrics by the beginning of their names: whether less of it is taken for better. Escape is taken for good, after the
 # paper's finding that it helps where the copies would stay locked; a negative agreement then says that it misleads.
 HIGHER_IS_BETTER = ("effective_rank", "escape", "outside")
@@ -39,47 +35,10 @@ def loss_auc(evaluations: Sequence[Sequence[float]], until: int | None = None) -
     return float(area / (rows[-1][0] - rows[0][0]))
 
 
-def outcomes(curves: Mapping[str, Sequence[Sequence[float]]], objective: str, planned_steps: int) -> dict[str, float]:
-    """What candidates are ranked by, from their curves on the same data."""
-    if objective == "extrapolated":
-        return extrapolated(curves, planned_steps)
-    measure = final_loss if objective == "final_loss" else loss_auc
+def outcomes(curves: Mapping[str, Sequence[Sequence[float]]], objective: str) -> dict[str, float]:
+    """What candidates are ranked by, from their curves on the same data; `"extrapolated"` is `racing.extrapolated`."""
+    measure = loss_auc if objective == "auc" else final_loss
     return {name: measure(evaluations) for name, evaluations in curves.items()}
-
-
-def extrapolated(curves: Mapping[str, Sequence[Sequence[float]]], planned_steps: int) -> dict[str, float]:
-    """Losses of short runs, with the candidates' distances as they would be at the end of the planned run.
-
-    With g(s) the distance of a candidate to the leader at the last step t, what g gained over the last two doublings of the
-    steps is taken on geometrically over the n = log2(T / t) doublings that are left:
-
-        d1 = g(t/2) - g(t/4)      d2 = g(t) - g(t/2)      r = d2 / d1, within 0 and 3/4
-        g(T) = g(t) + d2 (r + r^2 + ... + r^n)
-
-    So a candidate that is damaged and recovers comes to rest, and one that gains steadily goes on for a while.
-
-    Args:
-        curves: (step, loss) of each candidate from step 0, on the same batches, to the same last step t.
-        planned_steps: T.
-
-    Returns:
-        The leader's loss at step t and, for each candidate, that and g(T).
-    """
-    leader = min(curves, key=lambda name: (final_loss(curves[name]), name))
-    last = curves[leader][-1][0]
-    left = max(0.0, math.log2(planned_steps / last))
-    at = [last / 4, last / 2, last]
-    losses = {
-        name: np.interp(at, [step for step, _ in rows], [loss for _, loss in rows]) for name, rows in curves.items()
-    }
-    found = {}
-    for name, row in losses.items():
-        start, middle, end = (row - losses[leader]).tolist()
-        first, second = middle - start, end - middle
-        ratio = min(MOST_LASTING, max(0.0, second / first)) if first else 0.0
-        gain = ratio * (1 - ratio**left) / (1 - ratio)
-        found[name] = float(losses[leader][-1] + end + second * gain)
-    return found
 
 
 def cheap_metrics(study: Study, name: str, evaluations: Sequence[Sequence[float]]) -> dict[str, float]:

@@ -74,6 +74,13 @@ def prepare_selection(
             f"objective='extrapolated' compares curves step by step under the planned schedule; given match={match!r} and "
             f"schedule={schedule!r}. Pass match='steps' and schedule='planned'."
         )
+    racing = objective == "extrapolated"
+    every = eval_every or max(1, lags[-1] // 2 if racing else continuation_steps // 8)
+    if racing and every > max(1, lags[-1] // 2):
+        raise WarmstartError(
+            f"objective='extrapolated' compares losses at half the probe with those at its end, and eval_every={every} leaves "
+            f"the half of {lags[-1]} steps out. Pass at most {lags[-1] // 2}."
+        )
     if repeats < 1:
         raise WarmstartError(f"repeats={repeats!r} must be at least 1.")
     if budget is not None:
@@ -111,11 +118,12 @@ def prepare_selection(
         planned,
         lags,
         continuation_steps,
-        eval_every or max(1, continuation_steps // 8),
+        every,
         Path(own.output_dir, ARMS),
         trainer_options,
         {"match": match, "schedule": schedule, "objective": objective, "repeats": repeats, "budget": budget},
         schedule,
+        racing,
     )
     study.first_example  # noqa: B018  raises now where the parent's place in its data is not known
     refused = _plan_all(study, chosen=chosen)

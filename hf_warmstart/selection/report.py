@@ -262,7 +262,9 @@ def unsure(report: SelectionReport, progress: Progress) -> list[str]:
     """What a selection did not settle, in sentences."""
     found = []
     margin_of, second = report.margin, report.margin.get("candidate")
-    if second is None:
+    if second is None and report.best in progress.losses:
+        found.append(f"All others were left behind by step {progress.steps[report.best]}: later ones are not seen.")
+    elif second is None:
         found.append(
             f"Nothing was continued ({progress.stopped}): {report.best} is the probe's choice, and probes rank badly."
         )
@@ -279,7 +281,12 @@ def unsure(report: SelectionReport, progress: Progress) -> list[str]:
         if not scatters or row["behind"] < 2 * max(scatters):
             found.append(f"{row['candidate']} was dropped after one repeat, {row['behind']:.4f} nats behind.")
     probed = [row["candidate"] for row in report.table if row["stage"] == "probed"]
-    if probed and second is not None:
+    if probed and second is not None and report.settings["objective"] == "extrapolated":
+        found.append(
+            f"{len(probed)} candidates were dropped, left behind by another one that they did not catch up with "
+            f"({', '.join(probed)}): what would turn later is not seen."
+        )
+    elif probed and second is not None:
         found.append(
             f"{len(probed)} candidates were dropped by the loss at step {report.settings['probe_steps'][-1]} of the probe "
             f"({', '.join(probed)}): what would overtake later is not seen."

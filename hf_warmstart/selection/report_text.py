@@ -22,10 +22,12 @@ def _parts(report: SelectionReport) -> Iterator[str]:
         f"**{report.best}**, of {len(report.table)} candidates, under the regime `{settings['regime']}` "
         f"(shuffled data: {'yes' if settings['shuffle'] else 'no'}; dropout: {settings['dropout']:g}). {_margin(report)}"
     )
+    length = f"continuations of {settings['continuation_steps']} steps"
+    if settings["objective"] == "extrapolated":
+        length = f"a race to step {settings['steps'][report.best]}"
     yield (
-        f"Probes of {settings['probe_steps'][-1]} steps for all, continuations of {settings['continuation_steps']} steps for "
-        f"survivors, at equal {settings['match']}, under the {settings.get('schedule', 'planned')} schedule, "
-        f"ranked by `{settings['objective']}`; stopped since "
+        f"Probes of {settings['probe_steps'][-1]} steps for all, {length} for survivors, at equal {settings['match']}, "
+        f"under the {settings.get('schedule', 'planned')} schedule, ranked by `{settings['objective']}`; stopped since "
         f"{settings['stopped']}. Cost: {settings['spent_flops']:.3g} FLOPs, "
         f"{report.cost_fraction:.2%} of the planned run of {settings['planned_steps']} steps."
     )
@@ -47,7 +49,8 @@ def _parts(report: SelectionReport) -> Iterator[str]:
 def _margin(report: SelectionReport) -> str:
     found = report.margin
     if found["candidate"] is None:
-        return "Chosen by the probe alone."
+        raced = report.settings["objective"] == "extrapolated" and report.table[0]["repeats"]
+        return "All others were left behind." if raced else "Chosen by the probe alone."
     reach = "no interval after one repeat"
     if found["low"] is not None:
         reach = f"{report.settings['level']:.0%} interval {found['low']:+.4f} to {found['high']:+.4f}"

@@ -3,6 +3,7 @@
     1. every candidate: zero-step metrics and a probe, in its own folder (`arms`)
     2. as many survivors as the budget affords: the whole continuation, from where the probe stopped
     3. rounds of repeats on other data, the worse half dropped after each, until the leader is clear (`halving`)
+       (by `objective="extrapolated"` 2 is a race of all, for its length: `racing`)
     4. a `SelectionReport`, which says what was not settled
 
 Every decision is made from results on disk, so that a selection that was stopped goes on, and several processes that are
@@ -69,9 +70,13 @@ def select_warmstart(
             `"compressed"`: they are the planned run in little, with its whole schedule in `continuation_steps`, decay and
             warm-up included, so that what a decay brings out is seen. What is started is the same.
         objective (`str`, defaults to `"final_loss"`): `"final_loss"` of the continuation; `"auc"`, the mean over its steps
-            (the paper's); or `"extrapolated"`: the candidates' distances as they would be at the planned run's end, by what
-            they gained over the last two doublings of the steps. It also says who is continued.
-        eval_every (`int`, *optional*): steps between two evaluations; by default an eighth of the continuation.
+            (the paper's); or `"extrapolated"`: where candidates would be at the planned run's end. For that they race: whoever
+            is behind another one and does not catch up with it is dropped, at the probe's end and at each doubling of the
+            steps, to `continuation_steps` at most or as far as the budget goes, and distances are taken on over what is left
+            of the planned learning rates (`selection/racing.py`). Give a budget, and `continuation_steps` well above the
+            probe's; `repeats` are made only of a race that came to its end.
+        eval_every (`int`, *optional*): steps between two evaluations; by default an eighth of the continuation. In a race half
+            of the probe, and twice as many after each doubling of the steps.
         repeats (`int`, defaults to 5): of a continuation, at most.
         max_memory (`str` or `int`, *optional*): what an arm may take, such as `"8GB"`; by default what is free.
         **trainer_options: for every trainer: `data_collator`, `processing_class` and the like.

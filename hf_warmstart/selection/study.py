@@ -74,6 +74,7 @@ class Study:
         folder: where the arms lie. settings: what else a selection was asked for.
         schedule: `"planned"`: a continuation is the beginning of the planned run; `"compressed"`: the planned run in little,
             its whole schedule within the continuation.
+        racing: whether survivors of the probe are halved by steps (`racing`): two evaluations are then ever farther apart.
     """
 
     parent: Path
@@ -92,6 +93,7 @@ class Study:
     trainer_options: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     schedule: str = "planned"
+    racing: bool = False
 
     # -- what follows ---------------------------------------------------------------------------------------------
 
@@ -154,10 +156,19 @@ class Study:
         return total
 
     def evaluated(self, until: int) -> list[int]:
-        """The steps at which an arm is evaluated, 0 apart: equally far from each other, and at every lag and end."""
-        return sorted(
-            {*range(self.eval_every, until + 1, self.eval_every), *(lag for lag in self.lags if lag <= until), until}
-        )
+        """The steps at which an arm is evaluated, 0 apart: equally far from each other, and at every lag and end.
+
+        In a race they are so to the probe's end, and from there on as many in each doubling of the steps.
+        """
+        start, every = until, self.eval_every
+        if self.racing:
+            start = min(until, self.probe_steps)
+        found = {*range(every, start + 1, every), *(lag for lag in self.lags if lag <= until), until}
+        while start < until:
+            end = min(until, 2 * start)
+            found |= {*range(start + every, end + 1, every), end}
+            start, every = 2 * start, 2 * every
+        return sorted(found)
 
     @cached_property
     def first_example(self) -> int:
@@ -244,9 +255,11 @@ class Study:
         """What decides the arms' results, as plain data."""
         arguments = {name: value for name, value in self.args.to_dict().items() if name not in OWN_ARGUMENTS}
         weights = sorted(self.parent.glob("*.safetensors"))
+        racing = {"evaluated": self.evaluated(self.continuation_steps)} if self.racing else {}
         return json.loads(
             json.dumps(
                 {
+                    **racing,
                     "parent": {path.name: file_digest(path) for path in weights},
                     "regime": {"shuffle": self.regime.shuffle, "dropout": self.regime.dropout},
                     "lags": self.lags,

@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from hf_warmstart.selection.halving import affordable, half, leader_is_clear, margin, ordered, price_of_rounds
-from hf_warmstart.selection.outcomes import agreement, extrapolated, loss_auc, outcomes, spearman
+from hf_warmstart.selection.outcomes import agreement, loss_auc, outcomes, spearman
 
 
 def test_a_margin_is_paired_within_repeats():
@@ -52,33 +52,7 @@ def test_the_area_under_a_curve_is_its_mean():
     rows = [[0, 4.0], [2, 2.0], [8, 2.0]]
     assert loss_auc(rows) == pytest.approx((2 * 3.0 + 6 * 2.0) / 8)
     assert loss_auc(rows, 2) == pytest.approx(3.0) and loss_auc(rows[:1]) == 4.0
-
-
-def test_distances_to_the_leader_are_extrapolated_over_the_doublings_that_are_left():
-    leader = [[0, 4.0], [16, 3.2], [32, 3.0], [64, 2.9]]
-    behind = {
-        "leader": (0.0, 0.0, 0.0),
-        "recovers": (0.8, 0.4, 0.2),  # by half as much in each doubling: 0.1 and 0.05 more
-        "gains": (0.03, 0.02, 0.01),  # by as much in each: by 3/4 as much in the next
-        "loses": (0.01, 0.02, 0.04),
-        "wavers": (0.01, 0.03, 0.02),
-    }
-    curves = {
-        name: [leader[0], *([step, loss + g] for (step, loss), g in zip(leader[1:], row, strict=True))]
-        for name, row in behind.items()
-    }
-    lasting = 0.75 + 0.75**2
-    ends = {
-        "leader": 2.9,
-        "recovers": 2.95,
-        "gains": 2.91 - 0.01 * lasting,
-        "loses": 2.94 + 0.02 * lasting,
-        "wavers": 2.92,
-    }
-    assert extrapolated(curves, 256) == pytest.approx(ends)
-    assert outcomes(curves, "extrapolated", 256) == extrapolated(curves, 256)
-    ended = {name: rows[-1][1] for name, rows in curves.items()}
-    assert extrapolated(curves, 64) == pytest.approx(ended) == outcomes(curves, "final_loss", 256)
+    assert outcomes({"a": rows}, "auc") == {"a": loss_auc(rows)} and outcomes({"a": rows}, "final_loss") == {"a": 2.0}
 
 
 def test_agreement_is_spearmans_and_escape_counts_as_good():

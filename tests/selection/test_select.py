@@ -14,10 +14,9 @@ from transformers import default_data_collator
 from hf_warmstart import Candidate, SelectionReport, WarmstartError
 from hf_warmstart.growth.plan import GrowthRecord
 from hf_warmstart.hub.save import save_grown
-from hf_warmstart.selection import outcomes as outcomes_module
-from hf_warmstart.selection import prepare
-from hf_warmstart.selection.outcomes import extrapolated
+from hf_warmstart.selection import prepare, rounds
 from hf_warmstart.selection.prepare import prepare_selection
+from hf_warmstart.selection.racing import extrapolated
 
 from ..training.conftest import blocks
 from .conftest import WIDE, arguments, held_out, small_selection, three
@@ -201,6 +200,7 @@ def test_what_a_model_does_not_admit_is_left_out_of_the_pool_and_raised_for_thos
         ({"schedule": "compressed", "match": "flops"}, "ends with the continuation"),
         ({"objective": "extrapolated", "match": "flops"}, "under the planned schedule; given match='flops'"),
         ({"objective": "extrapolated", "schedule": "compressed"}, "given match='steps' and schedule='compressed'"),
+        ({"objective": "extrapolated", "eval_every": 3}, "leaves the half of 4 steps out. Pass at most 2"),
         ({"objective": "accuracy"}, "objective='accuracy' is none of"),
         ({"repeats": 0}, "must be at least 1"),
         ({"regime": "random"}, "regime='random' is none of"),
@@ -244,24 +244,61 @@ def test_a_compressed_schedule_ends_with_the_continuation_however_it_was_divided
     assert "under the compressed schedule" in made[4].to_markdown()
 
 
-def test_by_extrapolation_those_that_gain_are_continued_and_chosen(parent, tmp_path, monkeypatch):
-    pair = three()[:2]
-    plain = small_selection(parent, tmp_path / "plain", pair, repeats=1, probe_steps=4, eval_every=1)
-    made = small_selection(
-        parent, tmp_path / "far", pair, repeats=1, probe_steps=4, eval_every=1, objective="extrapolated"
-    )
-    assert made.curves == plain.curves and made.settings["objective"] == "extrapolated"
-    ends = extrapolated({name: rows[0] for name, rows in made.curves.items()}, 200)
+RACE = {"objective": "extrapolated", "repeats": 1, "probe_steps": 4, "continuation_steps": 32, "eval_every": 2}
+
+
+def test_a_race_drops_who_is_left_behind_and_ranks_the_others_by_where_they_end(parent, tmp_path, monkeypatch):
+    behind = {4: ["slice"], 16: ["copy"]}
+    asked = []
+
+    def left_behind(curves):
+        last = next(iter(curves.values()))[-1][0]
+        asked.append((last, sorted(curves)))
+        return behind.get(last, [])
+
+    monkeypatch.setattr(rounds, "left_behind", left_behind)
+    made = small_selection(parent, tmp_path / "dropped", **RACE)
+    assert asked == [
+        (4, ["copy", "fresh_state", "slice"]),
+        (8, ["copy", "fresh_state"]),
+        (16, ["copy", "fresh_state"]),
+    ]
+    rows = {row["candidate"]: row for row in made.table}
+    assert made.best == "fresh_state" and made.settings["stopped"] == "one candidate is left"
+    assert [row["candidate"] for row in made.table] == ["fresh_state", "copy", "slice"]
+    assert rows["slice"]["reason"] == "left behind by step 4" and rows["copy"]["reason"] == "left behind by step 16"
+    assert [step for step, _ in made.curves["copy"][0]] == [0, 2, 4, 6, 8, 12, 16]
+    assert made.settings["steps"] == {"copy": 16, "fresh_state": 16, "slice": 4}
+    assert "All others were left behind." in made.to_markdown() and "left behind by step 16" in made.unsure[0]
+    monkeypatch.setattr(rounds, "left_behind", lambda curves: [])
+    monkeypatch.setattr(rounds, "extrapolated", lambda curves, used: {"copy": 2.0, "fresh_state": 3.0, "slice": 1.0})
+    whole = small_selection(parent, tmp_path / "whole", **RACE)
+    assert [row["candidate"] for row in whole.table] == ["slice", "copy", "fresh_state"]
+    assert whole.settings["stopped"] == "all repeats were made" and whole.margin["mean"] == 1.0
+    assert whole.curves["copy"][0][:7] == made.curves["copy"][0]  # in parts as at once
+    assert [step for step, _ in whole.curves["copy"][0]][7:] == [24, 32]
+
+
+def test_a_race_goes_as_far_as_its_budget(parent, tmp_path, monkeypatch):
+    monkeypatch.setattr(rounds, "left_behind", lambda curves: [])
+    study = prepared(parent, tmp_path / "none", three()[:2], **RACE).study
+
+    def price(until):
+        return sum(study.arm_flops(n, 0, 4, True) + study.arm_flops(n, 4, until, False) for n in study.plans)
+
+    planned = 200 * max(map(study.step_flops, study.plans))
+    made = small_selection(parent, tmp_path / "out", three()[:2], **RACE, budget=price(11) * 1.001 / planned)
+    assert {rows[0][-1][0] for rows in made.curves.values()} == {11} and made.settings[
+        "stopped"
+    ] == "the budget was spent"
+    assert made.settings["spent_flops"] == pytest.approx(price(11), rel=1e-9)
+    used = json.loads((tmp_path / "out/_selection/arms/copy/repeat-0/result-11.json").read_text())["used"]
+    rates = [(1 + math.cos(math.pi * (8 + step - 5) / (8 + 200 - 5))) / 2 for step in range(200)]
+    assert used == pytest.approx([sum(rates[:step]) / sum(rates) for step in (0, 2, 4, 6, 8, 11)])
+    shares = dict(zip((0, 2, 4, 6, 8, 11), used, strict=True))
+    shares = dict(zip((0, 2, 4, 6, 8, 11), used, strict=True))
+    ends = extrapolated({n: rows[0] for n, rows in made.curves.items()}, dict.fromkeys(made.curves, shares))
     assert {row["candidate"]: row["loss"] for row in made.table} == pytest.approx(ends)
-    assert made.best == min(ends, key=ends.get)
-    far = outcomes_module.extrapolated
-    monkeypatch.setattr(
-        outcomes_module, "extrapolated", lambda curves, steps: {n: -x for n, x in far(curves, steps).items()}
-    )
-    turned = small_selection(
-        parent, tmp_path / "turned", pair, repeats=1, probe_steps=4, eval_every=1, objective="extrapolated"
-    )
-    assert turned.best == max(ends, key=ends.get)
 
 
 @pytest.mark.slow

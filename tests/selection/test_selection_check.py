@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from benchmarks import selection_check
 from benchmarks.selection_check import MARKERS, Check, gather
 from benchmarks.selection_outcomes import Outcome, figures, regrets
-from benchmarks.selection_settings import HELD_OUT, PARENT_PART, PART, SETS, candidates
+from benchmarks.selection_settings import HELD_OUT, PARENT_PART, PART, SETS, SPENT, candidates
 from hf_warmstart.selection.candidates import check_names
 
 from ..test_package import ROOT
@@ -56,32 +58,36 @@ def test_regrets_are_those_of_choice_best_constant_and_random():
     assert (sums["right"], sums["settings"]) == (1, 2)
 
 
-def parts(cases) -> list[tuple[str, float, float]]:
-    """The parts of the texts that settings read."""
-    found = [(case.parent_text, case.start, case.start + PARENT_PART) for case in cases]
-    return found + [(case.text, case.start + PARENT_PART, case.start + PARENT_PART + PART) for case in cases]
+def column(name: str, cases) -> list:
+    return sorted(getattr(case, name) for case in cases)
 
 
-def test_held_out_settings_share_nothing_with_those_of_the_design():
+def test_held_out_settings_are_drawn_from_the_kinds_of_those_before_and_measured_on_other_text():
     (design, developed), (held, _) = SETS["development"], SETS["held-out"]
-    assert design.half != held.half and design.steps == held.steps == 1280 and held.repeats >= 5
-    same = (
-        "probe_steps",
-        "continuation_steps",
-        "selector_repeats",
+    assert held == replace(design, half=0) and design.half == 1
+    assert design.steps == 1280 and design.repeats >= 5 and design.share == 0.1
+    assert len(HELD_OUT) == len(SPENT) == 10 and set(SPENT) < set(developed)
+    assert not {case.seed for case in developed} & {case.seed for case in HELD_OUT}
+    assert not {case.start for case in SPENT} & {case.start for case in HELD_OUT}
+    assert all(case.start + PARENT_PART + PART <= 1 for case in (*developed, *HELD_OUT))
+    for name in (
+        "family",
+        "width",
+        "layers",
+        "text",
+        "parent_text",
+        "parent_steps",
+        "learning_rate",
+        "regime",
         "schedule",
-        "share",
-        "candidates",
-        "batch",
-        "eval_blocks",
-    )
-    assert all(getattr(design, name) == getattr(held, name) for name in same) and held.share == 0.1
-    assert len(HELD_OUT) == 10 and not {case.seed for case in developed} & {case.seed for case in HELD_OUT}
-    for text, start, end in parts(HELD_OUT):
-        assert end <= 1.0
-        assert all(text != other or end <= low or start >= high for other, low, high in parts(developed))
-    for name in ("family", "width", "layers", "text", "parent_text", "parent_steps", "learning_rate", "regime"):
-        assert len({getattr(case, name) for case in HELD_OUT}) > 1
+    ):
+        assert column(name, HELD_OUT) == column(name, SPENT)
+    # Drawn once: another draw, or another order, would be a choice.
+    assert [(c.family, c.learning_rate, c.regime) for c in HELD_OUT[:3]] == [
+        ("llama", 1e-3, "shuffled"),
+        ("llama", 3e-3, "deterministic"),
+        ("gpt2", 2e-3, "stochastic"),
+    ]
     check_names(candidates(held))
     assert 6 <= len(candidates(held)) <= 10
     assert all(marker in (ROOT / "docs/selection.md").read_text() for marker in MARKERS)
