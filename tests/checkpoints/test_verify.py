@@ -107,15 +107,15 @@ def test_bits_are_compared_so_that_what_is_no_number_is_equal(tmp_path):
 def test_the_parents_hub_id_and_commit_are_the_records(once, grown, monkeypatch):
     asked = []
 
-    def local(source, revision=None):
-        asked.append((str(source), revision))
+    def local(source, revision=None, subfolder=""):
+        asked.append((str(source), revision, subfolder))
         return once / "parent" if source == "org/tiny" else Path(source)
 
     monkeypatch.setattr(module, "local_folder", local)
     (record,) = json.loads((grown / "config.json").read_text())["warmstart"]
     change_config(grown, warmstart=[record | {"parent": "org/tiny", "revision": "e" * 40}])
     assert verify(grown).ok
-    assert asked[-1] == ("org/tiny", "e" * 40)
+    assert asked[-1] == ("org/tiny", "e" * 40, "")
 
 
 # -- what is not ------------------------------------------------------------------------------------------------------

@@ -28,7 +28,12 @@ def run(tmp_path_factory) -> Path:
     """A run of `WarmstartTrainer` with two checkpoints, evaluations and a recommendation."""
     folder = tmp_path_factory.mktemp("runs")
     stock_trainer(tiny_model("llama", randomised=False), folder / "base", 4, blocks(0, 4)).train()
-    child = grow(AutoModelForCausalLM.from_pretrained(folder / "base" / "checkpoint-4"), width=2, depth=2)
+    child = grow(
+        AutoModelForCausalLM.from_pretrained(folder / "base" / "checkpoint-4"),
+        width=2,
+        depth=2,
+        width_operator="perturbed_copy",
+    )
     trainer = warmstart_trainer(
         child, folder / "grown", 4, blocks(4, 4), warmstart_from=folder / "base" / "checkpoint-4",
         eval_dataset=blocks(8, 1), eval_strategy="steps", eval_steps=1, save_steps=2,

@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*lora_bias=True.*"),
 ]
 EVEN = {"width": 2, "width_operator": "exact_copy"}
+COPIES = {"width": 2, "width_operator": "perturbed_copy"}
 
 
 def first_state(model) -> dict[str, dict[str, torch.Tensor]]:
@@ -84,7 +85,7 @@ def test_in_new_layers_first_moments_are_zero_and_everywhere_else_the_parents():
 
 def test_the_first_copies_alone_keep_their_moments_under_asymmetric_reset():
     parent = adapted()
-    plan, child = plan_growth(parent, width=2), grow(parent, width=2)
+    plan, child = plan_growth(parent, **COPIES), grow(parent, **COPIES)
     names = AdaptedPlan(plan, child)
     state = first_state(parent)
     grown = grow_optimizer_state({"state": state}, names, state_policy="asymmetric_reset")["state"]

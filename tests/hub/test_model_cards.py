@@ -148,7 +148,7 @@ def test_the_rules_find_what_is_wrong():
 def test_every_operator_has_its_papers_in_the_card(grown, certificate):
     assert set(PAPERS) == set(WIDTH_OPERATORS) | set(DEPTH_OPERATORS)
     text = block(render_card(grown, certificate=certificate).text, "bibtex")
-    assert re.findall(r"eprint = \{([\d.]+)\}", text) == ["2409.12903", "2401.02415"]
+    assert re.findall(r"eprint = \{([\d.]+)\}", text) == ["2308.06103", "2401.02415"]
     papers = (REPOSITORY / "docs" / "papers.md").read_text()
     sources = "".join(path.read_text() for path in (REPOSITORY / "hf_warmstart/growth/operators").glob("*.py"))
     for paper in (paper for found in PAPERS.values() for paper in found):

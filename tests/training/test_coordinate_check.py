@@ -73,7 +73,7 @@ def test_the_check_is_a_table_and_a_plot(tmp_path):
     ]
     assert all(torch.equal(tensor, digest[name]) for name, tensor in model.state_dict().items())
     words = str(checks[0])
-    assert "perturbed_copy, mup" in words and list(checks[0].change) == [
+    assert "reference_slice, mup" in words and list(checks[0].change) == [
         "embedding",
         "layer 1",
         "final norm",
