@@ -97,19 +97,21 @@ var probe = (() => {
   const typed = (element) => element.matches("textarea, input:not([type=checkbox], [type=radio], [type=submit])"); // has a caret
   let before, asked, reached, same, lost, round;
   function watch() {
+    document.activeElement?.blur(); // it would look focused before
     asked = controls();
     before = new Map(asked.map((element) => [element, looks(element)]));
     [reached, same, lost, round] = [new Set(), new Set(), new Set(), false];
-    document.activeElement?.blur();
-    document.addEventListener("focusin", (event) => {
-      const element = event.target;
-      round = round || reached.has(element);
-      reached.add(element);
-      if (!visible(element)) lost.add(element);
-      if (before.has(element) && !typed(element) && before.get(element) === looks(element)) same.add(element);
-    });
     return asked.length;
   }
+  // Once for the page, however often it is looked at: a second listener would take every focus for one that came round.
+  document.addEventListener("focusin", (event) => {
+    if (!asked) return;
+    const element = event.target;
+    round = round || reached.has(element);
+    reached.add(element);
+    if (!visible(element)) lost.add(element);
+    if (before.has(element) && !typed(element) && before.get(element) === looks(element)) same.add(element);
+  });
   return {
     settled: () => new Promise((done) => requestAnimationFrame(() => setTimeout(done, 150))),
     texts: () => drawn().length,

@@ -6,11 +6,13 @@ The command is what `CHROMIUM` names, else the first of the usual names that is 
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +28,11 @@ OPTIONS = [
 SECONDS = 600.0  # for one answer; a busy machine is no fault
 MOST_TABS = 4000
 KEYS = {"Tab": 9, "Enter": 13}
+# Chromium reads commands from descriptor 3 and answers on 4. Not by `sh`, which knows descriptors of one digit alone.
+START = """import os, sys
+os.dup2(int(sys.argv[1]), 3), os.dup2(int(sys.argv[2]), 4)
+os.execvp(sys.argv[3], sys.argv[3:])
+"""
 PROBE = Path(__file__).with_suffix(".js")
 
 
@@ -166,13 +173,16 @@ def browser(profile: Path) -> Iterator[Browser]:
     """A Chromium whose profile lies in a folder; ended with the context."""
     their_read, write = os.pipe()
     read, their_write = os.pipe()
-    started = f'exec "$@" 3<&{their_read} 4>&{their_write}'
-    words = ["sh", "-c", started, "sh", str(command()), *OPTIONS, f"--user-data-dir={profile}", "about:blank"]
+    ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (their_read, their_write)]  # clear of 3 and 4
+    own = [str(command()), *OPTIONS, f"--user-data-dir={profile}", "about:blank"]
     process = subprocess.Popen(
-        words, pass_fds=(their_read, their_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", START, *map(str, ends), *own],
+        pass_fds=ends,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
-    os.close(their_read)
-    os.close(their_write)
+    for end in (their_read, their_write, *ends):
+        os.close(end)
     try:
         yield Browser(process, write, read)
     finally:
