@@ -246,4 +246,27 @@ def test_all_faulty_options_are_named_at_once():
         "beta2=1",
     ):
         assert name in str(fault.value)
-    assert SweepConfig(tokens_per_parameter=[20, 10]).paths == (10.0, 20.0)
+    assert SweepConfig(tokens_per_parameter=[20, 10]).paths == ((10.0, 20.0),)
+
+
+def test_proxies_may_differ_in_their_tokens_per_parameter():
+    """Paths follow the size that they were given with, in whatever order; refusals name what is wrong."""
+    sizes, ratios = [40_000, 10_000, 20_000], [[1], [8, 4], [2, 4]]
+    asked = SweepConfig(proxies=sizes, tokens_per_parameter=ratios)
+    assert asked.paths == ((4.0, 8.0), (2.0, 4.0), (1.0,))
+    assert asked.to_dict()["tokens_per_parameter"] == ratios
+    assert SweepConfig(**asked.to_dict()) == asked
+    made = plan(proxies=[4500, 1300, 2400], tokens_per_parameter=[[0.5], [4, 2], [1.5]], min_steps=4)
+    for proxy, own in zip(made.proxies, [(2, 4), (1.5,), (0.5,)], strict=True):
+        assert proxy.tokens == pytest.approx([r * proxy.params for r in own], abs=made.sequence_length / 2)
+    assert made.recipe["warmup_fraction"] == made.asked.warmup
+    for wrong, words in (
+        ([[1], [2]], "a list of its own for 2 proxies"),
+        ([[1], [2], []], "positive numbers"),
+        ([[1], [2], 3], "positive numbers"),
+        ([[1], [2], [3, 3.0]], "a path twice"),
+    ):
+        with pytest.raises(WarmstartError, match=words):
+            SweepConfig(proxies=sizes, tokens_per_parameter=wrong)
+    with pytest.raises(WarmstartError, match="pass as many proxies"):
+        SweepConfig(tokens_per_parameter=ratios)

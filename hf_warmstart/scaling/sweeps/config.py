@@ -23,7 +23,9 @@ class SweepConfig:
             a mixture of experts); the nearest that the family has are taken. By default `budgets` sizes from a 24th to a
             quarter of the target, which spans 1.5 decades of compute.
         tokens_per_parameter (`float` or list, defaults to 20): each value is one path. With several, every run is a trunk
-            from which one decay branches off for each: (10, 20) costs about a tenth more than 20 alone.
+            from which one decay branches off for each: (10, 20) costs about a tenth more than 20 alone. A list of lists,
+            one for each of `proxies` as they are given, lets them differ: short runs of large proxies and long ones of small
+            proxies tell a law in parameters and tokens more than runs of equal ratio, at the same compute.
         design (`str`, defaults to `"grid"`): `"grid"`, or `"space_filling"` (scrambled Sobol points over the same region).
         learning_rates (`int`, defaults to 5), batch_sizes (`int`, defaults to 4): the grid's sides; a space-filling design
             takes as many points as the grid has.
@@ -52,7 +54,7 @@ class SweepConfig:
 
     budgets: int = 4
     proxies: Sequence[int] | None = None
-    tokens_per_parameter: float | Sequence[float] = 20.0
+    tokens_per_parameter: float | Sequence[float] | Sequence[Sequence[float]] = 20.0
     design: str = "grid"
     learning_rates: int = 5
     batch_sizes: int = 4
@@ -79,16 +81,24 @@ class SweepConfig:
         ratios = self.tokens_per_parameter
         if isinstance(ratios, (int, float)) and not isinstance(ratios, bool):
             object.__setattr__(self, "tokens_per_parameter", (float(ratios),))
-        for name in ("tokens_per_parameter", "seeds", "proxies"):
+        elif isinstance(ratios, (list, tuple)):
+            nested = tuple(tuple(r) if isinstance(r, list) else r for r in ratios)
+            object.__setattr__(self, "tokens_per_parameter", nested)
+        for name in ("seeds", "proxies"):
             if isinstance(value := getattr(self, name), (list, tuple)):
                 object.__setattr__(self, name, tuple(value))
         if problems := sorted(self._problems()):
             raise WarmstartError("SweepConfig: " + "; ".join(problems) + ".")
 
     @property
-    def paths(self) -> tuple[float, ...]:
-        """Tokens per parameter of each path, rising."""
-        return tuple(sorted(float(ratio) for ratio in self.tokens_per_parameter))  # type: ignore[union-attr]
+    def paths(self) -> tuple[tuple[float, ...], ...]:
+        """Tokens per parameter of each path, rising: of each proxy, the smallest first; or once, where they all share them."""
+        ratios = self._listed("tokens_per_parameter")
+        if not any(isinstance(own, tuple) for own in ratios):
+            return (tuple(sorted(float(ratio) for ratio in ratios)),)
+        sizes = self._listed("proxies")
+        rising = sorted(range(len(sizes)), key=lambda k: sizes[k])
+        return tuple(tuple(sorted(float(ratio) for ratio in ratios[k])) for k in rising)
 
     @property
     def points(self) -> int:
@@ -97,7 +107,7 @@ class SweepConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return {k: _plain(v) for k, v in dataclasses.asdict(self).items()}
 
     @classmethod
     def of(cls, config: SweepConfig | None, options: Mapping[str, Any]) -> SweepConfig:
@@ -140,12 +150,7 @@ class SweepConfig:
             )
             if not (_is_number(value := getattr(self, name)) and holds(value))
         ]
-        if not self.tokens_per_parameter or not all(
-            _is_number(r) and r > 0 for r in self._listed("tokens_per_parameter")
-        ):
-            found.append(f"tokens_per_parameter={self.tokens_per_parameter!r} must be positive numbers")
-        elif len(set(self.paths)) < len(self.paths):
-            found.append(f"tokens_per_parameter={self.tokens_per_parameter!r} names a path twice")
+        found += self._path_problems()
         seeds = self._listed("seeds")
         if not seeds or not all(_is_whole(s) and s >= 0 for s in seeds) or len(set(seeds)) < len(seeds):
             found.append(f"seeds={self.seeds!r} must be different integers of at least 0")
@@ -163,9 +168,25 @@ class SweepConfig:
             found.append(f"batch_tokens={self.batch_tokens!r} must be a positive number of tokens")
         return found
 
+    def _path_problems(self) -> list[str]:
+        ratios, said = self._listed("tokens_per_parameter"), f"tokens_per_parameter={self.tokens_per_parameter!r}"
+        if not any(isinstance(own, tuple) for own in ratios):
+            ratios = (tuple(ratios),)
+        elif self.proxies is None or len(ratios) != len(self._listed("proxies")):
+            return [f"{said} has a list of its own for {len(ratios)} proxies: pass as many proxies=[...]"]
+        if not all(isinstance(own, tuple) and own and all(_is_number(r) and r > 0 for r in own) for own in ratios):
+            return [f"{said} must be positive numbers"]
+        if any(len(set(map(float, own))) < len(own) for own in ratios):
+            return [f"{said} names a path twice"]
+        return []
+
     def _listed(self, name: str) -> Sequence[Any]:
         value = getattr(self, name)
         return value if isinstance(value, (list, tuple)) else ()
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(one) for one in value] if isinstance(value, tuple) else value
 
 
 def _is_number(value: Any) -> bool:

@@ -71,11 +71,11 @@ class SweepPlan:
     @property
     def recipe(self) -> dict[str, Any]:
         """What the runs have besides learning rate and batch, as `HparamPredictor.fit` takes it; warm-up of the longest."""
-        asked = self.asked
+        asked, longest = self.asked, self.asked.paths[-1]
         return {
             "schedule": "warmup_stable_decay",
             "decay_fraction": asked.decay,
-            "warmup_fraction": asked.warmup * asked.paths[0] / asked.paths[-1],
+            "warmup_fraction": asked.warmup * longest[0] / longest[-1],
             "betas": [asked.adam_beta1, asked.adam_beta2],
             "epsilon": asked.adam_epsilon,
             "weight_decay": asked.weight_decay,
@@ -173,7 +173,7 @@ def _budget_cost(proxy: Proxy, asked: SweepConfig, eval_tokens: int) -> BudgetCo
     points = first_points(guessed_centre(proxy, asked), most_batches(proxy, asked), asked)
     each = sum(run_flops(proxy, point, asked, eval_tokens) for point in points) / len(points)
     runs = len(points) * len(asked.seeds)
-    more = asked.refinements * NEIGHBOURS * len(asked.paths) * len(asked.seeds)
+    more = asked.refinements * NEIGHBOURS * len(proxy.horizons) * len(asked.seeds)
     return BudgetCost(proxy.params, proxy.tokens, runs, each, runs + more)
 
 

@@ -1,7 +1,8 @@
-"""Proxies: small models of the target's own family, on a path of tokens per parameter.
+"""Proxies: small models of the target's own family, on paths of tokens per parameter.
 
 With D = r N, a budget is C = 6 N D = 6 r N^2: sizes whose ratio is 6 span 1.5 decades of compute. Over proxies whose r
-differs, compute alone explains almost nothing of the best learning rate, so that a budget belongs to one path.
+differs, compute alone explains almost nothing of the best learning rate, so that a law in compute needs one path. A law in
+N and D needs both to vary, and not together: there r may differ from proxy to proxy.
 """
 
 from __future__ import annotations
@@ -71,8 +72,9 @@ def choose_proxies(
     share = target / models.entries
     found: list[Proxy] = []
     problems = []
-    for number in wanted:
-        proxy = _nearest(models, sizes, number, share, sequence_length, asked, found)
+    paths = asked.paths if len(asked.paths) > 1 else asked.paths * len(wanted)
+    for number, own in zip(wanted, paths, strict=True):
+        proxy = _nearest(models, sizes, number, share, sequence_length, own, found)
         if proxy is not None:
             found.append(proxy)
         else:
@@ -108,7 +110,7 @@ def _nearest(
     number: float,
     share: float,
     sequence_length: int,
-    asked: SweepConfig,
+    paths: tuple[float, ...],
     found: list[Proxy],
 ) -> Proxy | None:
     """The best proportioned admissible size near a number of parameters that is not found yet; None where there is none."""
@@ -126,7 +128,7 @@ def _nearest(
         count = count_parameters(config)
         if count.non_embedding in taken:
             continue
-        horizons = tuple(max(1, round(r * count.non_embedding / sequence_length)) for r in asked.paths)
+        horizons = tuple(max(1, round(r * count.non_embedding / sequence_length)) for r in paths)
         flops = flops_per_token(config, sequence_length, count)
         return Proxy(config, count.non_embedding, flops, sequence_length, horizons)
     return None
