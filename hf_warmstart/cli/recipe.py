@@ -17,7 +17,7 @@ EXAMPLES = """examples:
   hf-warmstart run recipe.yaml
 
 recipe.yaml:
-  parent: runs/base/checkpoint-500            # a folder or Hub id
+  parent: runs/base/checkpoint-500            # a folder or Hub id; with revision and subfolder of it
   grow:
     output: runs/larger
     width: 1.5                                # fields of GrowthConfig, or sizes such as hidden_size

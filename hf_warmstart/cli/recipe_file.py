@@ -1,6 +1,6 @@
 """A recipe: one YAML file that says how a model is grown, trained on and published, checked as a whole before anything runs.
 
-    parent: runs/base/checkpoint-500     # a folder or Hub id; with `revision` of a Hub id
+    parent: runs/base/checkpoint-500     # a folder or Hub id; with `revision` of a Hub id, and `subfolder` of either
     grow: {output: runs/grown, width: 1.5, depth: 2}
     recommend: {law: steplaw, tokens: 6B, sequence_length: 2048}
     train: {output_dir: runs/continued, train: corpus.txt, eval: held-out.txt, arguments: {bf16: true}}
@@ -86,7 +86,7 @@ def _table(value: Any) -> dict[str, Any]:
     return {name: parse_value(entry) if isinstance(entry, str) else entry for name, entry in value.items()}
 
 
-TOP: dict[str, Check] = {"parent": _text, "revision": _text}
+TOP: dict[str, Check] = {"parent": _text, "revision": _text, "subfolder": _text}
 # Of `grow`, every other name is a field of GrowthConfig or a size by its transformers name.
 GROW: dict[str, Check] = {
     "output": _text,
@@ -144,7 +144,8 @@ class RunRecipe:
     """A recipe that was checked.
 
     Args:
-        text (`str`): as it stands in the file. parent (`str`), revision (`str`, *optional*): what is grown.
+        text (`str`): as it stands in the file. parent (`str`), revision (`str`, *optional*), subfolder (`str`): what is grown.
+        parent_files (`Path`): the folder with the parent's config, and what its training noted.
         growth (`GrowthConfig`): what it grows to. plan (`GrowthPlan`): what follows.
         grow, recommend, train, push (`dict`, *optional*): the options of each step.
     """
@@ -152,6 +153,8 @@ class RunRecipe:
     text: str
     parent: str
     revision: str | None
+    subfolder: str
+    parent_files: Path
     growth: GrowthConfig
     plan: GrowthPlan = field(repr=False)
     grow: dict[str, Any]
@@ -171,7 +174,7 @@ class RunRecipe:
 
 
 def read_recipe(path: str | Path) -> RunRecipe:
-    """Read and check a recipe; nothing is written, and no weights are fetched.
+    """Read and check a recipe; no weights are fetched, and nothing is written but small files of a Hub id into its cache.
 
     Raises:
         WarmstartError: it cannot run as it stands; everything that was found is named.
@@ -196,13 +199,12 @@ def read_recipe(path: str | Path) -> RunRecipe:
     if problems or made is None:
         lines = "".join(f"\n  - {line}" for line in problems)
         raise WarmstartError(f"{path.name} cannot run, nothing was begun:{lines}")
-    growth, plan = made
     return RunRecipe(
         text,
         steps[""]["parent"],
         steps[""].get("revision"),
-        growth,
-        plan,
+        steps[""].get("subfolder", ""),
+        *made,
         steps["grow"],
         *(steps.get(name) for name in ("recommend", "train", "push")),
     )
@@ -255,19 +257,21 @@ def _place(step: str, name: object) -> str:
 
 def _checked(
     steps: dict[str, dict[str, Any]], options: dict[str, Any], problems: list[str]
-) -> tuple[GrowthConfig, GrowthPlan] | None:
-    """The growth and its plan, where they can be made; what the other steps would meet is looked for in any case."""
-    own = steps[""]
+) -> tuple[Path, GrowthConfig, GrowthPlan] | None:
+    """The parent's files, the growth and its plan, where they can be had; what other steps would meet is looked for anyhow."""
+    from .recipe_steps import parent_files
+
+    files = _try(lambda: parent_files(**steps[""]), "parent", problems) if "parent" in steps[""] else None
     made = None
     if "grow" in steps:
-        made = _planned(own, steps["grow"], options, problems)
-    if "recommend" in steps and "parent" in own and not any(p.startswith("recommend.") for p in problems):
-        _try(lambda: _recommended(steps["recommend"], own["parent"]), "recommend", problems)
+        made = _planned(files, steps["grow"], options, problems)
+    if "recommend" in steps and files is not None and not any(p.startswith("recommend.") for p in problems):
+        _try(lambda: _recommended(steps["recommend"], str(files)), "recommend", problems)
     if "train" in steps:
         _check_train(steps["train"], steps.get("recommend"), problems)
     if "push" in steps:
         _check_push(steps["push"], problems)
-    return made
+    return None if made is None or files is None else (files, *made)
 
 
 def _try(work: Callable[[], Any], step: str, problems: list[str]) -> Any:
@@ -280,19 +284,18 @@ def _try(work: Callable[[], Any], step: str, problems: list[str]) -> Any:
 
 
 def _planned(
-    own: Mapping[str, Any], grow: Mapping[str, Any], options: Mapping[str, Any], problems: list[str]
+    files: Path | None, grow: Mapping[str, Any], options: Mapping[str, Any], problems: list[str]
 ) -> tuple[GrowthConfig, GrowthPlan] | None:
     from ..growth.config import GrowthConfig
     from ..growth.grow import plan_growth
     from ..growth.state import check_state_policy
-    from .recipe_steps import config_source
 
     if "state_policy" in grow:
         _try(lambda: check_state_policy(grow["state_policy"]), "grow", problems)
     growth = _try(lambda: GrowthConfig.of(None, options), "grow", problems)
-    if growth is None or "parent" not in own:
+    if growth is None or files is None:
         return None
-    plan = _try(lambda: plan_growth(config_source(own["parent"], own.get("revision")), growth), "grow", problems)
+    plan = _try(lambda: plan_growth(files, growth), "grow", problems)
     return None if plan is None else (growth, plan)
 
 

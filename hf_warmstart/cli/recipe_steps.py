@@ -33,17 +33,30 @@ RECIPE_NAME = "recipe.yaml"
 EVALUATION_NAME = "eval_results.json"  # as Trainer.save_metrics("eval") names it
 
 
-def config_source(parent: str, revision: str | None = None) -> str:
-    """Where the parent's config is: the parent itself, or a folder of the Hub's cache for a revision of it."""
-    if Path(parent).is_dir() or revision is None:
-        return parent
-    from huggingface_hub import hf_hub_download
+def parent_files(parent: str, revision: str | None = None, subfolder: str = "") -> Path:
+    """The folder with a parent's config and `trainer_state.json`, where it has one; of a Hub id these two alone are fetched.
+
+    Raises:
+        WarmstartError: there is no such folder, or the Hub does not give it.
+    """
+    from huggingface_hub import HfApi, snapshot_download
     from transformers.utils import CONFIG_NAME
 
-    from ..checkpoints.fetch import hub_faults
+    from ..checkpoints.fetch import checked_subfolder, described, hub_faults, local_folder
+    from ..checkpoints.state.trainer_files import TRAINER_STATE_NAME
 
+    if Path(parent).is_dir():
+        return local_folder(parent, revision, subfolder)
+    subfolder = checked_subfolder(subfolder)
+    names = [str(Path(subfolder, name)) for name in (CONFIG_NAME, TRAINER_STATE_NAME)]
     with hub_faults(parent):
-        return str(Path(hf_hub_download(parent, CONFIG_NAME, revision=revision)).parent)
+        folder = Path(snapshot_download(parent, revision=revision, allow_patterns=names), subfolder)
+        if (folder / CONFIG_NAME).is_file():
+            return folder
+        there = HfApi().list_repo_files(parent, revision=revision)
+    found = sorted({path.rpartition("/")[0] for path in there if path.rpartition("/")[2] == CONFIG_NAME} - {subfolder})
+    advice = f" Models lie in {found}: pass one as the subfolder." if any(found) else ""
+    raise WarmstartError(f"{described(parent, subfolder)} holds no {CONFIG_NAME}.{advice}")
 
 
 # -- grow -------------------------------------------------------------------------------------------------------------
@@ -68,9 +81,11 @@ def grown_before(recipe: RunRecipe) -> GrowthRecord | None:
     if asked["width_operator"] == AUTO and found.get("width_operator") in CHOICES:
         asked["width_operator"] = found["width_operator"]
     differing = sorted(name for name in {*asked, *found} - {"library_version"} if asked.get(name) != found.get(name))
-    names = {recipe.parent, Path(recipe.parent).name}
-    if record.parent not in names:
+    is_folder = Path(recipe.parent).is_dir()
+    if record.parent not in {recipe.parent, *([recipe.parent_files.name] if is_folder else [])}:
         differing.append("parent")
+    if not is_folder and record.subfolder != recipe.subfolder.strip("/"):
+        differing.append("subfolder")
     if differing:
         raise CheckpointError(
             f"{output} holds another growth: {', '.join(differing)} differ from the recipe. Pass another output, or remove it."
@@ -87,7 +102,13 @@ def grow(recipe: RunRecipe, bar: Callable[[], AbstractContextManager[Report]]) -
     how = {name: value for name, value in recipe.grow.items() if name != "output"}
     with bar() as report:
         made = grow_checkpoint(
-            recipe.parent, recipe.grow["output"], recipe.growth, revision=recipe.revision, progress=report, **how
+            recipe.parent,
+            recipe.grow["output"],
+            recipe.growth,
+            revision=recipe.revision,
+            subfolder=recipe.subfolder,
+            progress=report,
+            **how,
         )
     return made, False
 
@@ -137,7 +158,7 @@ def train(recipe: RunRecipe, advice: HparamRecommendation | None, quiet: bool) -
         eval_dataset=data["eval"],
         data_collator=default_data_collator,
         processing_class=tokenizer,
-        warmstart_from=recipe.parent if has_state(recipe.parent) else None,
+        warmstart_from=parent_state(recipe),
     )
     trainer.remove_callback(PrinterCallback)  # where bars are off: it prints every log to stdout
     last = get_last_checkpoint(str(output)) if output.is_dir() else None
@@ -149,16 +170,17 @@ def train(recipe: RunRecipe, advice: HparamRecommendation | None, quiet: bool) -
     return results, False
 
 
-def has_state(parent: str) -> bool:
-    """Whether a parent is a folder with the state of an optimizer."""
+def parent_state(recipe: RunRecipe) -> Path | None:
+    """The folder with the parent's training state, fetched where it lies on the Hub; None where it has no optimizer's."""
+    from ..checkpoints.fetch import training_state_folder
     from ..checkpoints.state.parent_state import optimizer_file
     from ..checkpoints.state.trainer_files import TRAINER_STATE_NAME
     from ..checkpoints.torch_files.sharded import is_sharded
 
-    folder = Path(parent)
-    if not (folder / TRAINER_STATE_NAME).is_file():
-        return False
-    return optimizer_file(folder) is not None or is_sharded(folder / "optimizer_0")
+    if not (recipe.parent_files / TRAINER_STATE_NAME).is_file():
+        return None
+    folder = training_state_folder(recipe.parent, recipe.revision, recipe.subfolder)
+    return folder if optimizer_file(folder) is not None or is_sharded(folder / "optimizer_0") else None
 
 
 def _ended(output: Path, steps: int) -> dict[str, float] | None:

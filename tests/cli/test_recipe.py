@@ -10,13 +10,15 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 
 from hf_warmstart import GrowthRecord
 from hf_warmstart.cli import main, recipe_steps
 from hf_warmstart.cli.recipe_file import read_recipe
 from hf_warmstart.errors import WarmstartError
+from hf_warmstart.scaling.tables.compute import count_parameters
 
+from ..checkpoints.folders import bytes_of
 from ..checkpoints.grown_folders import certify_once
 from ..hub.minihub import MiniHub
 from .world import PARENT, make_world
@@ -138,6 +140,38 @@ def test_a_recipe_of_growth_and_push_alone(world, hub, capsys):
     assert "hf-warmstart run recipe.yaml" in ModelCard.load(REPO).text
 
 
+def test_a_parent_in_a_folder_of_a_hub_repository_brings_its_training_state(world, hub, capsys):
+    """The same run as from the folder: losses, and what the law was told of the parent."""
+    state = json.loads((world / PARENT / "trainer_state.json").read_text())
+    state["num_input_tokens_seen"] = 2_000_000
+    (world / PARENT / "trainer_state.json").write_text(json.dumps(state))
+    hub.add("my-org/base", {f"checkpoint-500/{name}": content for name, content in bytes_of(world / PARENT).items()})
+    said = {}
+    for name, parent in (("folder", {}), ("hub", {"parent": "my-org/base", "subfolder": "checkpoint-500"})):
+        places = {"grow": {"output": f"runs/{name}"}, "train": {"output_dir": f"runs/{name}-on"}, "push": None}
+        file = write(**parent, **places, recommend={"tokens_seen": None})
+        assert read_recipe(file).parent_files.name == "checkpoint-500"
+        assert main(["run", file, "--json"]) == 0
+        done = {event["step"]: event for event in events(capsys.readouterr().out) if event["event"] == "step"}
+        said[name] = done["train"]["metrics"]["eval_loss"], done["recommend"]["recommendation"]
+        record = GrowthRecord.all_of(AutoModelForCausalLM.from_pretrained(f"runs/{name}").config)[-1]
+        assert record.subfolder == ("" if name == "folder" else "checkpoint-500")
+        assert main(["run", file]) == 0 and "grow (was there)" in capsys.readouterr().out
+    assert said["hub"] == said["folder"]
+    seen = count_parameters(AutoConfig.from_pretrained(PARENT)).non_embedding, 2_000_000
+    assert said["hub"][1]["equivalent_compute"] == 6 * seen[0] * seen[1]
+    # Without the optimizer there is none to carry, and the losses are others.
+    files = {n: c for n, c in bytes_of(world / PARENT).items() if n != "optimizer.pt"}
+    hub.add("my-org/bare", {f"checkpoint-500/{name}": content for name, content in files.items()})
+    write(parent="my-org/bare", subfolder="checkpoint-500", **places, recommend={"tokens_seen": None})
+    assert recipe_steps.parent_state(read_recipe("recipe.yaml")) is None
+    assert main(["run", "recipe.yaml"]) == 2
+    assert "holds another growth: parent differ from the recipe" in capsys.readouterr().err
+    assert main(["run", write(**{**parent, "subfolder": "checkpoint-9"}, **places)]) == 2
+    err = capsys.readouterr().err
+    assert "parent: 'checkpoint-9' of 'my-org/base' holds no config.json. Models lie in ['checkpoint-500']" in err
+
+
 def test_a_dry_run_checks_everything_and_writes_and_asks_nothing(world, hub, capsys):
     before = sorted(world.rglob("*"))
     assert main(["run", write(), "--dry-run"]) == 0
@@ -189,7 +223,7 @@ push: {repo: x, private: perhaps}
     ("changes", "words"),
     [
         ({"grow": {"width": 1.37}}, "grow: "),
-        ({"parent": "runs/none/here"}, "grow: No model config could be read"),
+        ({"parent": "runs/none/here"}, "parent: 'runs/none/here' is no folder, and the Hub does not give it"),
         ({"recommend": {"law": "steplow"}}, "recommend: 'steplow' is no law"),
         ({"recommend": None, "train": {"arguments": {}}}, "train.sequence_length is missing"),
         (
@@ -235,4 +269,3 @@ def test_numbers_are_read_as_people_write_them(world):
     recipe = read_recipe(write(recommend={"tokens": "1.5M"}))
     assert recipe.recommend["tokens"] == 1.5e6 and recipe.train["arguments"]["learning_rate"] == 1e-3
     assert recipe.train["train"] == ["corpus.txt"] and recipe.sequence_length == 32
-    assert recipe_steps.has_state(PARENT) and not recipe_steps.has_state("runs")
