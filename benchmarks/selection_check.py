@@ -9,7 +9,8 @@ A setting is a parent, the data that it goes on with, a regime, a schedule, a le
 1. a small parent is trained;
 2. the *truth*: every candidate runs the whole planned run, 1,280 steps under its decaying schedule, five times, as arms of
    a selection are run (`selection.run`); a repeat has other data, another draw of the growth and other dropout;
-3. `select_warmstart` chooses, with a tenth of the FLOPs of running every candidate to the end once, and seeds of its own.
+3. `select_warmstart` chooses, with a tenth of the FLOPs of running every candidate to the end once, and seeds of its own;
+   and, to see what more would buy, again without a budget, in races to a fifth and two fifths of the planned run's steps.
 
 The *winner* is the candidate of least mean final loss. The next one *ties* where it lies behind by less than one standard
 error of the paired difference; no other candidate does. The *regret* of a choice is its mean final loss less the winner's.
@@ -187,32 +188,34 @@ class Check:
         prices = [study.step_flops(name) for name in study.candidates]
         return self.scale.share * sum(prices) / max(prices)
 
-    def run_selector(self, case: Case) -> None:
-        """Let `select_warmstart` choose, unless another process does."""
-        with held(self.folder / case.name / "selector.lock") as mine:
-            if mine and not self.report_path(case).is_file():
+    def run_selector(self, case: Case, steps: int | None = None) -> None:
+        """Let `select_warmstart` choose, unless another process does; with `steps`, in a race of so many and no budget."""
+        report = self.report_path(case, steps)
+        with held(report.parent.with_suffix(".lock")) as mine:
+            if mine and not report.is_file():
                 select_warmstart(
-                    **self.options(case, "selector"),
+                    **self.options(case, report.parent.name),
                     probe_steps=self.scale.probe_steps,
-                    continuation_steps=self.scale.continuation_steps,
+                    continuation_steps=steps or self.scale.continuation_steps,
                     eval_every=self.scale.selector_eval_every,
                     schedule=self.scale.schedule,
                     objective=self.scale.objective,
                     repeats=self.scale.selector_repeats,
-                    budget=self.budget(case),
+                    budget=None if steps else self.budget(case),
                 )
 
     # -- what is there --------------------------------------------------------------------------------------------
 
-    def report_path(self, case: Case) -> Path:
-        return self.folder / case.name / "selector" / "selection.json"
+    def report_path(self, case: Case, steps: int | None = None) -> Path:
+        """Of the selection with the budget, or of the race of so many steps."""
+        return self.folder / case.name / (f"selector-to-{steps}" if steps else "selector") / "selection.json"
 
     def result_path(self, case: Case, candidate: str, repeat: int) -> Path:
         arm = self.folder / case.name / "truth" / ARMS / "arms" / candidate / f"repeat-{repeat}"
         return arm / f"result-{self.scale.steps}.json"
 
     def units(self) -> list[tuple[str, ...]]:
-        """All that is to be run, parents first, then setting by setting: (setting, what, candidate, repeat)."""
+        """All that is to be run, parents first, then setting by setting: (setting, what, candidate or steps, repeat)."""
         found: list[tuple[str, ...]] = [(case.name, "parent", "", "0") for case in self.cases]
         for case in self.cases:
             found.append((case.name, "selector", "", "0"))
@@ -221,28 +224,30 @@ class Check:
                 for repeat in range(self.scale.repeats)
                 for candidate in candidates(self.scale)
             ]
-        return found
+        return found + [(case.name, "selector", str(steps), "0") for steps in self.scale.longer for case in self.cases]
 
     def path_of(self, unit: tuple[str, ...]) -> Path:
         """What is there when a unit is done."""
-        case, what, candidate, repeat = self.case(unit[0]), *unit[1:]
+        case, what, which, repeat = self.case(unit[0]), *unit[1:]
         if what == "parent":
             return self.folder / case.name / "parent" / f"checkpoint-{case.parent_steps}"
-        return self.report_path(case) if what == "selector" else self.result_path(case, candidate, int(repeat))
+        if what == "selector":
+            return self.report_path(case, int(which) if which else None)
+        return self.result_path(case, which, int(repeat))
 
     def case(self, name: str) -> Case:
         return next(case for case in self.cases if case.name == name)
 
     def run(self, unit: tuple[str, ...]) -> None:
         """Run a unit, and note what it cost."""
-        case, what, candidate, repeat = self.case(unit[0]), *unit[1:]
+        case, what, which, repeat = self.case(unit[0]), *unit[1:]
         begun = time.process_time()
         if what == "parent":
             self.parent(case)
         elif what == "selector":
-            self.run_selector(case)
+            self.run_selector(case, int(which) if which else None)
         else:
-            self.run_truth(case, candidate, int(repeat))
+            self.run_truth(case, which, int(repeat))
         cost = self.folder / "costs" / f"{'.'.join(unit)}.json"
         cost.parent.mkdir(parents=True, exist_ok=True)
         write_json_file(cost, time.process_time() - begun)
@@ -291,12 +296,18 @@ def gather(check: Check) -> list[Outcome]:
             name: [final_loss(made["evaluations"]) if made["reason"] is None else nothing for made in row]
             for name, row in results.items()
         }
-        report = SelectionReport.load(check.report_path(case).parent)
-        flops = [row["step_flops"] for row in report.table]
-        share = report.settings["spent_flops"] / (sum(flops) * check.scale.steps)
         curves = {name: [made["evaluations"] for made in row] for name, row in results.items()}
-        found.append(Outcome(case.name, report.best, share, losses, curves))
+        longer = {steps: path for steps in check.scale.longer if (path := check.report_path(case, steps)).is_file()}
+        picks = {steps: picked(path, check.scale.steps) for steps, path in longer.items()}
+        found.append(Outcome(case.name, *picked(check.report_path(case), check.scale.steps), losses, curves, picks))
     return found
+
+
+def picked(report: Path, planned: int) -> tuple[str, float]:
+    """What a selection picked, and what it cost as a share of running every candidate to the end once."""
+    found = SelectionReport.load(report.parent)
+    flops = sum(row["step_flops"] for row in found.table)
+    return found.best, found.settings["spent_flops"] / (flops * planned)
 
 
 def core_seconds(check: Check) -> float:

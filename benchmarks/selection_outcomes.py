@@ -20,6 +20,7 @@ class Outcome:
     Args:
         name: of the setting. pick: of the selection. share: of running every candidate to the end once, that it cost.
         losses: candidate -> final loss in each repeat of the truth. curves: candidate -> evaluations of each repeat.
+        longer: what longer races picked and cost, by their steps.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Outcome:
     share: float
     losses: dict[str, list[float]]
     curves: dict[str, list[list[list[float]]]] = field(default_factory=dict)
+    longer: dict[int, tuple[str, float]] = field(default_factory=dict)
 
     @property
     def winner(self) -> str:
@@ -48,7 +50,11 @@ class Outcome:
     @property
     def is_right(self) -> bool:
         """Whether the winner was picked, or what ties with it."""
-        return self.pick in (self.winner, self.tied)
+        return self.rightly(self.pick)
+
+    def rightly(self, choice: str) -> bool:
+        """Whether a choice is the winner, or what ties with it."""
+        return choice in (self.winner, self.tied)
 
     def regret(self, choice: str) -> float:
         """How far a choice lies behind the winner, in the mean."""
@@ -93,6 +99,8 @@ def figures(scale: Scale, cases: Sequence[Case], found: Sequence[Outcome], name:
         f"random choice {sums['random']:.4f}."
     )
     parts = [head, verdict, "\n".join(_choices(cases, found, sums)), "\n".join(_means(found))]
+    if races := _races(scale, found):
+        parts.append("\n".join(races))
     if lags := _lags(found):
         parts.append("\n".join(lags))
     return "\n\n".join(parts)
@@ -127,10 +135,30 @@ def _means(found: Sequence[Outcome]) -> list[str]:
     return lines
 
 
+def _races(scale: Scale, found: Sequence[Outcome]) -> list[str]:
+    """What the same selection chose without a budget, where it has chosen in all settings."""
+    there = [steps for steps in scale.longer if all(steps in made.longer for made in found)]
+    if not there:
+        return []
+    lines = [
+        "The same selections without a budget, their races going on to more steps; cost and regret are means.",
+        "",
+    ]
+    lines += ["| race to | cost | right | regret | not right in |", "|--:|--:|--:|--:|---|"]
+    kinds = {f"a budget of {scale.share:.0%}": [(made, made.pick, made.share) for made in found]}
+    kinds |= {f"{steps} steps": [(made, *made.longer[steps]) for made in found] for steps in there}
+    for kind, picks in kinds.items():
+        wrong = [f"{made.name.split('-')[0]} ({pick})" for made, pick, _ in picks if not made.rightly(pick)]
+        regret, cost = mean([made.regret(pick) for made, pick, _ in picks]), mean([cost for _, _, cost in picks])
+        right = f"{len(found) - len(wrong)} of {len(found)}"
+        lines.append(f"| {kind} | {cost:.1%} | {right} | {regret:.4f} | {', '.join(wrong)} |")
+    return lines
+
+
 def _lags(found: Sequence[Outcome]) -> list[str]:
     """What single losses of the truth's own runs would have told, where they were evaluated on the way."""
     curves = [curve for made in found for of_candidate in made.curves.values() for curve in of_candidate]
-    steps = [row[0] for row in curves[0]][1:-1]
+    steps = [row[0] for row in curves[0]][1:-1] if curves else []
     if not steps or len({len(curve) for curve in curves}) > 1:
         return []
     lines = ["What the loss of one run at a step tells of the end: means over settings and repeats.", ""]

@@ -77,8 +77,8 @@ class Scale:
         steps: of the planned run. repeats: of the truth. batch: blocks of a step. length: tokens of a block.
         eval_blocks: held out. half: of the held-out text, 0 or 1. eval_every: steps between evaluations of the truth.
         probe_steps, continuation_steps, selector_eval_every, selector_repeats, schedule, objective: of the selection.
-        share: its budget, of running every candidate to the end once. candidates: names; all where empty. documents: of
-            each file, None for all.
+        share: its budget, of running every candidate to the end once. longer: steps of races without a budget, in which it
+            chooses again. candidates: names; all where empty. documents: of each file, None for all.
     """
 
     steps: int = 1280
@@ -96,6 +96,7 @@ class Scale:
     schedule: str = "planned"
     objective: str = "extrapolated"
     share: float = 0.10
+    longer: tuple[int, ...] = ()
     candidates: tuple[str, ...] = ()
     documents: int | None = None
 
@@ -145,11 +146,11 @@ QUICK = (
 )
 SETS: dict[str, tuple[Scale, tuple[Case, ...]]] = {
     "development": (Scale(), DEVELOPMENT + SPENT),
-    "held-out": (Scale(half=0), HELD_OUT),
+    "held-out": (Scale(half=0, longer=(256, 512)), HELD_OUT),
     "quick": (
         Scale(
             steps=40, repeats=2, eval_blocks=8, eval_every=8, probe_steps=(2,), continuation_steps=4, selector_eval_every=1,
-            share=0.5,
+            share=0.5, longer=(16,),
             candidates=("exact_copy", "reference_slice"), documents=200,
         ),
         QUICK,

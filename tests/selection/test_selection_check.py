@@ -58,13 +58,27 @@ def test_regrets_are_those_of_choice_best_constant_and_random():
     assert (sums["right"], sums["settings"]) == (1, 2)
 
 
+def test_longer_races_are_counted_by_their_own_picks_once_all_are_there():
+    losses = {"exact_copy": [1.0, 1.0], "szp_0.4": [1.2, 1.3]}
+    one = Outcome(HELD_OUT[0].name, "szp_0.4", 0.1, losses, longer={256: ("szp_0.4", 0.2), 512: ("exact_copy", 0.3)})
+    two = Outcome(HELD_OUT[1].name, "exact_copy", 0.1, losses, longer={256: ("exact_copy", 0.1)})
+    text = figures(SETS["held-out"][0], HELD_OUT, [one, two], "held-out")
+    wrong = HELD_OUT[0].seed
+    assert f"| a budget of 10% | 10.0% | 1 of 2 | 0.1250 | {wrong} (szp_0.4) |" in text
+    assert f"| 256 steps | 15.0% | 1 of 2 | 0.1250 | {wrong} (szp_0.4) |" in text and "| 512 steps" not in text
+    two.longer[512] = ("exact_copy", 0.5)
+    assert "| 512 steps | 40.0% | 2 of 2 | 0.0000 |  |" in figures(
+        SETS["held-out"][0], HELD_OUT, [one, two], "held-out"
+    )
+
+
 def column(name: str, cases) -> list:
     return sorted(getattr(case, name) for case in cases)
 
 
 def test_held_out_settings_are_drawn_from_the_kinds_of_those_before_and_measured_on_other_text():
     (design, developed), (held, _) = SETS["development"], SETS["held-out"]
-    assert held == replace(design, half=0) and design.half == 1
+    assert held == replace(design, half=0, longer=held.longer) and design.half == 1
     assert design.steps == 1280 and design.repeats >= 5 and design.share == 0.1
     assert len(HELD_OUT) == len(SPENT) == 10 and set(SPENT) < set(developed)
     assert not {case.seed for case in developed} & {case.seed for case in HELD_OUT}
@@ -131,9 +145,12 @@ def test_a_small_check_runs_counts_and_is_not_run_again(tmp_path, monkeypatch):
     for made in found:
         assert set(made.losses) == {"exact_copy", "reference_slice"} and all(len(v) == 2 for v in made.losses.values())
         assert made.pick in made.losses and 0 < made.share <= check.scale.share
+        assert set(made.longer) == {16} and made.longer[16][0] in made.losses
+        assert made.longer[16][1] >= made.share  # a race may be decided before
         assert made.losses["exact_copy"][0] != made.losses["exact_copy"][1]  # other data in each repeat
     text = figures(check.scale, check.cases, found, "quick")
     assert "2 of 2 settings are complete" in text and "best constant choice" in text and "| 8 |" in text
+    assert text.count("| 16 steps |") == 1
     monkeypatch.setattr(selection_check, "train_parent", None)
     monkeypatch.setattr(selection_check, "select_warmstart", None)
     monkeypatch.setattr("hf_warmstart.selection.run.run_arm", None)
