@@ -82,9 +82,10 @@ def parent_file(folder: Path, name: str) -> Path:
     return folder / f"parent-{name}" / "loss.json"
 
 
-def probe_file(folder: Path, name: str) -> Path:
-    """There once the probe of a parent is over."""
-    return parent_file(folder, name).with_name("probe.json")
+def probe_file(folder: Path, job: ProbeJob) -> Path:
+    """There once the probe is over."""
+    point = job.point
+    return folder / f"probes-{job.parent}" / f"b{point.batch_sequences}-lr{point.learning_rate:.6g}.json"
 
 
 def target_file(folder: Path, job: TargetJob) -> Path:
@@ -114,8 +115,10 @@ def _train_parent(shared: Shared, job: ParentJob) -> None:
 def _train_probe(shared: Shared, job: ProbeJob) -> None:
     outcome, run = _continued(shared, job.parent, job.point, 0, PROBE * shared.target.setting.tokens_per_parameter)
     said = {"learning_rate": job.point.learning_rate, "batch_sequences": job.point.batch_sequences}
-    said |= {"tokens": run.tokens[0], "loss": outcome.loss, "seconds": round(outcome.seconds, 3)}
-    write_atomically(probe_file(shared.folder, job.parent), json.dumps(said))
+    said |= {"batch_tokens": job.point.batch_sequences * run.sequence_length, "tokens": run.tokens[0]}
+    file = probe_file(shared.folder, job)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps(said | {"loss": outcome.loss, "seconds": round(outcome.seconds, 3)}))
 
 
 def _train_target(shared: Shared, job: TargetJob) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 SHOWN = 10  # % of the loss that the picture's colours tell apart
 # What is compared with the grid, by the name of its file.
-KINDS = {"recommended": "recommended", "probed": "recommended after a probe"}
+KINDS = {"recommended": "recommended by the laws alone", "probed": "recommended by laws and probes"}
 MARKERS = "<!-- figures: made by benchmarks.hparams -->", "<!-- figures: end -->"
 
 
@@ -95,6 +95,7 @@ def of_parent(folder: Path, target: Target, name: str) -> dict[str, Any]:
         found["surface"] = {
             "learning_rate": surface.learning_rate, "batch_tokens": surface.batch_tokens, "loss": surface.loss
         }  # fmt: skip
+    found["probes"] = len(list((folder / f"probes-{name}").glob("*.json")))
     for kind in KINDS:
         file = parent_file(folder, name).with_name(f"{kind}.json")
         if file.is_file():
@@ -158,6 +159,7 @@ def _search(folder: Path, target: Target, sweep_flops: float, parents: dict[str,
     evaluated = json.loads((folder / "sweep" / "sweep.json").read_text())["eval"]["sequences"] * setting.length
     grid_flops = GRID_POINTS * GRID_SEEDS * target.tokens * target.flops_per_token
     eval_flops = FORWARD_SHARE * target.flops_per_token * evaluated
+    probes = max((of.get("probes", 0) for of in parents.values()), default=0)
     seconds = [of["grid_best"]["mean_seconds"] for of in parents.values() if "grid_best" in of]
     spent = sum(row["seconds"] for row in rows)
     return {
@@ -166,7 +168,7 @@ def _search(folder: Path, target: Target, sweep_flops: float, parents: dict[str,
         "grid_flops": grid_flops,
         "share": (sweep_flops + eval_flops) / grid_flops,
         "share_of_several_targets": (sweep_flops / len(setting.parents) + eval_flops) / grid_flops,
-        "probe_share": (PROBE * target.tokens * target.flops_per_token + eval_flops) / grid_flops,
+        "probes_share": probes * (PROBE * target.tokens * target.flops_per_token + eval_flops) / grid_flops,
         "sweep_seconds": spent,
         "share_of_seconds": spent / (GRID_POINTS * GRID_SEEDS * float(np.mean(seconds))) if seconds else None,
     }
@@ -226,11 +228,11 @@ def as_table(made: dict[str, Any], setting: str) -> str:
                 for kind, label in KINDS.items()
                 if (found := made["regret"].get(kind))
             ),
-            f"| search compute, of {GRID_POINTS} points and {GRID_SEEDS} seeds on the target "
+            f"| search compute of the laws, of {GRID_POINTS} points and {GRID_SEEDS} seeds on the target "
             f"| {search['share']:.1%} | counted |",
-            f"| the same for each of the {targets} targets that the sweep served | {search['share_of_several_targets']:.1%} "
-            "| counted |",
-            f"| a probe of one parent, besides | {search['probe_share']:.1%} | counted |",
+            f"| that and the most probes of a parent | {search['share'] + search['probes_share']:.1%} | counted |",
+            f"| the same for each of the {targets} parents, which the sweep served alike "
+            f"| {search['share_of_several_targets'] + search['probes_share']:.1%} | counted |",
         ]
         if search["share_of_seconds"] is not None:
             lines.append(

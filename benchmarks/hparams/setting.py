@@ -13,7 +13,7 @@ from hf_warmstart.scaling.sweeps.design import Point, first_centre
 from hf_warmstart.scaling.sweeps.proxies import Proxy
 from hf_warmstart.scaling.tables.compute import count_parameters, flops_per_token, training_flops
 
-PROBE = 0.15  # of the continued training: the short run that tells what a parent knows
+PROBE = 0.15  # of the continued training: the short runs that tell what a parent knows, and which rates it prefers
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,12 @@ SETTINGS = {
     ),
     # Very short sequences, since the best batch of the smallest proxies is some sixty tokens. Four layers, so that proxies have
     # two. Small proxies see many tokens and large ones few: nothing is carried further than a factor of 2.2 in parameters, or,
-    # from the smallest, 3 in tokens of a fresh run; no proxy comes near the target in both, which is what is dear.
+    # from the smallest, 3 in tokens of a fresh run; no proxy comes near the target in both, which is what is dear. Budgets of
+    # fewer tokens were tried, and their best batch was a single sequence.
     "full": Setting(
         sizes(48, 128, 4, 6), 512, 32, 3.0, {"stories": 4.0, "both": 8.0},
-        {"proxies": (0.1256, 0.2274, 0.4545), "tokens_per_parameter": ((2, 4, 8), (0.65, 1.3, 2.6), (0.35, 0.7)),
-         "learning_rates": 4, "batch_sizes": 3, "refinements": 2, "min_steps": 20, "learning_rate": 2.0**-8,
+        {"proxies": (0.1256, 0.2274, 0.4545), "tokens_per_parameter": ((2, 4, 8), (1.3, 2.6), (0.7,)),
+         "learning_rates": 4, "batch_sizes": 3, "refinements": 1, "min_steps": 20, "learning_rate": 2.0**-8,
          "batch_tokens": 64},
         fresh_seeds=(2, 3, 4, 5, 6), extensions=3, eval_tokens=2**14,
     ),

@@ -27,6 +27,7 @@ from .setting import PROBE, Setting, Target
 FIRST, LATER = 0, 1  # priorities: what others wait for, and what nobody does
 SETTING_NAME, LAWS_NAME = "setting.json", "laws.json"
 FEWEST_STEPS = 10  # of a run of the grid
+MOST_PROBES = 6  # from one parent
 
 
 class Study:
@@ -154,20 +155,27 @@ class Study:
 
     def recommended(self, name: str, predictor: HparamPredictor) -> Point:
         """What the laws say of a parent's continued training by its loss; kept beside the parent."""
-        return self._recommended(name, "recommended", predictor, self.target.tokens, {})
+        return self._recommended(name, "recommended", predictor, self.target.tokens, None)
 
     def probed(self, name: str, predictor: HparamPredictor) -> Point:
-        """What they say when a short run from the parent tells what it knows."""
-        if not probe_file(self.folder, name).exists():
-            tokens = self.target.run_of(PROBE * self.setting.tokens_per_parameter).tokens[0]
-            point = self._recommended(name, "probe-settings", predictor, tokens, {})
-            self.pool.run([ProbeJob(name, point)], priority=FIRST)
-        probe = json.loads(probe_file(self.folder, name).read_text())
-        said = {} if probe["loss"] is None else {"probe_loss": probe["loss"], "probe_tokens": probe["tokens"]}
-        return self._recommended(name, "probed", predictor, self.target.tokens, said)
+        """What they say when short runs from the parent tell what it knows, and which rates it prefers."""
+        tokens = self.target.run_of(PROBE * self.setting.tokens_per_parameter).tokens[0]
+        first = self._recommended(name, "probe-settings", predictor, tokens, None)
+        steps = [-1, 0, 1]
+        while True:
+            jobs = [ProbeJob(name, Point(first.learning_rate * 2.0**k, first.batch_sequences)) for k in steps]
+            files = [probe_file(self.folder, job) for job in jobs]
+            todo = [job for job, file in zip(jobs, files, strict=True) if not file.exists()]
+            self.pool.run(todo, priority=FIRST)
+            rows = [json.loads(file.read_text()) for file in files]
+            losses = [math.inf if row["loss"] is None else row["loss"] for row in rows]
+            best = losses.index(min(losses))
+            if len(steps) >= MOST_PROBES or 0 < best < len(steps) - 1:
+                return self._recommended(name, "probed", predictor, self.target.tokens, rows)
+            steps = [steps[0] - 1, *steps] if best == 0 else [*steps, steps[-1] + 1]
 
     def _recommended(
-        self, name: str, kept: str, predictor: HparamPredictor, tokens: int, probe: dict[str, float]
+        self, name: str, kept: str, predictor: HparamPredictor, tokens: int, probes: list[dict[str, Any]] | None
     ) -> Point:
         """Settings for a run from a parent; made once, in a file beside the parent."""
         file = parent_file(self.folder, name).with_name(f"{kept}.json")
@@ -175,13 +183,13 @@ class Study:
             parent = json.loads(parent_file(self.folder, name).read_text())
             # The tokens seen count where the loss lies below what the laws reach, and nowhere else.
             found = predictor.recommend(
-                params=self.target.params, tokens=tokens, sequence_length=self.setting.length,
+                params=self.target.params, tokens=tokens, sequence_length=self.setting.length, probes=probes,
                 eval_loss=parent["loss"], tokens_seen=parent["tokens"],
-                eval_fingerprint=self.plan.fingerprint, config=self.target.config, per_device_train_batch_size=1, **probe,
+                eval_fingerprint=self.plan.fingerprint, config=self.target.config, per_device_train_batch_size=1,
             )  # fmt: skip
             said = {"learning_rate": found.learning_rate, "batch_sequences": found.batch_sequences}
             said |= {"equivalent_compute": found.equivalent_compute, "total_compute": found.total_compute}
-            said |= {"intervals": found.intervals, "warnings": found.warnings}
+            said |= {"intervals": found.intervals, "warnings": found.warnings, "sources": dict(found.sources)}
             write_atomically(file, json.dumps(said))
         said = json.loads(file.read_text())
         return Point(said["learning_rate"], said["batch_sequences"])

@@ -55,9 +55,8 @@ def add_to(commands: Any) -> None:
         "--eval-data", metavar="FILE", help="the law's text, to measure the loss on: .jsonl or .parquet"
     )
     state.add_argument(
-        "--probe-loss", type=float, metavar="L", help="held-out loss after a short run from the checkpoint"
+        "--probes", metavar="FILE", help="a table of short runs from the checkpoint at several learning rates"
     )
-    state.add_argument("--probe-tokens", type=count, metavar="N", help="of that run")
     state.add_argument("--tokens-seen", type=count, metavar="N", help="in training so far")
     state.add_argument(
         "--trust-loss", action="store_true", help="take the loss for the law's although that cannot be checked"
@@ -113,8 +112,7 @@ def _run_of(options: argparse.Namespace) -> dict[str, Any]:
         "params": options.params,
         "checkpoint": options.checkpoint,
         "eval_loss": options.eval_loss,
-        "probe_loss": options.probe_loss,
-        "probe_tokens": options.probe_tokens,
+        "probes": options.probes,
         "tokens_seen": options.tokens_seen,
         "world_size": options.world_size,
         "per_device_train_batch_size": options.per_device_batch_size,

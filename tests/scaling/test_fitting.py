@@ -8,11 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hf_warmstart import WarmstartError
+from hf_warmstart import HparamPredictor, WarmstartError
 from hf_warmstart.scaling.fits.fitting import fit_forms, fit_loss, ridge_of
 from hf_warmstart.scaling.fits.laws import interval
 from hf_warmstart.scaling.fits.optima import find_optima
 from hf_warmstart.scaling.fits.settings_law import fit_power_law
+from hf_warmstart.scaling.hparams.fitted import FittedLaws
 from hf_warmstart.scaling.tables.runs import read_runs
 
 from .planted import Planted
@@ -22,14 +23,18 @@ def optima_of(frame, draws=200, **options):
     return find_optima(read_runs(frame).frame, draws=draws, **options)[0]
 
 
-def mixed(noise: float = 0.0, seed: int = 0) -> pd.DataFrame:
-    """Budgets of many shapes under laws of parameters and tokens: `lr = 2 N^-0.5 D^0.1`, `B = 4 D^0.5`."""
+def mixed(noise: float = 0.0, seed: int = 0, of_params: float = 400) -> pd.DataFrame:
+    """Budgets of many shapes under laws of parameters and tokens: `lr = 2 N^-0.5 D^0.1`, `B = 4 D^0.5`.
+
+    Args:
+        of_params: the amplitude A of the parameters' term of the loss; a little below 0 they are of no use.
+    """
     rng, rows = np.random.default_rng(seed), []
     for n in (2e7, 6e7, 2e8):
         for d in (1e9, 5e9, 2.5e10):
             for a in np.linspace(-2, 2, 6):
                 for b in np.linspace(-2, 2, 5):
-                    loss = 1.7 + 400 * n**-0.35 + 2000 * d**-0.36 + 0.015 * a * a + 0.01 * b * b
+                    loss = 1.7 + of_params * n**-0.35 + 2000 * d**-0.36 + 0.015 * a * a + 0.01 * b * b
                     rate, batch = 2 * n**-0.5 * d**0.1 * math.exp(a), 4 * d**0.5 * math.exp(b)
                     rows.append((n, d, rate, batch, loss + noise * rng.standard_normal()))
     return pd.DataFrame(rows, columns=["params", "tokens", "learning_rate", "batch_tokens", "loss"])
@@ -57,6 +62,25 @@ def test_over_mixed_shapes_the_law_of_params_and_tokens_is_chosen_by_regret():
     assert chosen.batch_tokens.law.exponents == {"tokens": pytest.approx(0.5, abs=0.1)}
     loss = fit_loss(optima, "params_tokens")
     assert loss(params=1e8, tokens=1e10) == pytest.approx(1.7 + 400 * 1e8**-0.35 + 2000 * 1e10**-0.36, abs=0.01)
+
+
+def test_where_parameters_are_of_no_use_the_law_of_loss_is_one_of_tokens():
+    """And the predictor reads tokens off a loss by it, and says so."""
+    runs = mixed(noise=0.003, of_params=-5)
+    law = fit_loss(optima_of(runs), "params_tokens")
+    assert law.form == "tokens" and law(tokens=1e10, params=1e8) == pytest.approx(1.7 + 2000 * 1e10**-0.36, abs=0.01)
+    assert np.median(law.inverse_draws(2.2)) == pytest.approx((2000 / 0.5) ** (1 / 0.36), rel=0.1)
+    with pytest.raises(WarmstartError, match="tokens alone does not say how to share compute"):
+        law.compute_optimal()
+    predictor = HparamPredictor.fit(runs, draws=100)
+    assert "The losses are no lower for more parameters: the law of loss is one of tokens alone." in predictor.warnings
+    found = predictor.recommend(params=4e8, tokens=1e10, sequence_length=1024, eval_loss=2.2)
+    assert found.equivalent_compute == pytest.approx(6 * 4e8 * (2000 / 0.5) ** (1 / 0.36), rel=0.1)
+    again = FittedLaws.from_dict(predictor.laws.to_dict(), predictor.laws.draws(), predictor.runs)
+    assert HparamPredictor(again).recommend(params=4e8, tokens=1e10, sequence_length=1024, eval_loss=2.2) == found
+    # Losses that do not fall with tokens either have no law at all.
+    with pytest.raises(WarmstartError, match="do not fall as"):
+        fit_loss(optima_of(runs.assign(loss=6 - runs.loss)), "params_tokens")
 
 
 def test_a_law_of_compute_over_mixed_shapes_warns():

@@ -112,7 +112,8 @@ def test_draws_that_never_reach_a_loss_are_infinite():
 @pytest.mark.parametrize(
     ("loss", "at", "words"),
     [
-        ([3.0, 2.5, 2.2], {"tokens": [1e8, 1e9, 1e10]}, "No law is over"),
+        ([3.0, 2.5, 2.2], {"params": [1e8, 1e9, 1e10]}, "No law is over"),
+        ([3.0, 2.0, 2.0, 2.0], {"compute": [1e17, 1e18, 1e19, 1e20]}, "which no law of loss does"),
         ([3.0, 2.5], {"compute": [1e18, 1e19]}, "cannot be fitted to 2 points"),
         ([2.0, 2.5, 3.0, 3.2], {"compute": [1e17, 1e18, 1e19, 1e20]}, "do not fall"),
         ([3.0, 2.5, 2.0], {"compute": [1e18] * 3}, "do not vary"),

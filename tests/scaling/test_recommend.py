@@ -51,34 +51,84 @@ def test_a_worse_checkpoint_takes_a_higher_rate_and_a_smaller_batch(predictor):
     assert bad.learning_rate > good.learning_rate and bad.batch_tokens < good.batch_tokens
 
 
+def probes(rates, batch: float = 1e5, tokens: float = 1e8, loss=lambda rate: 3.0, **more) -> list[dict[str, float]]:
+    """Short runs at some rates."""
+    shared = {"batch_tokens": batch, "tokens": tokens, **more}
+    return [{"learning_rate": rate, "loss": loss(rate), **shared} for rate in rates]
+
+
 def test_a_probe_counts_where_it_says_more_than_the_loss_before(predictor):
     """A checkpoint of other text: worth nothing by its first loss, and much by the loss after a short run."""
     spent = 6 * 1e8 * 1e8
     before = {"eval_loss": LAWS.loss(1e15)}
     blind = predictor.recommend(**RUN, **before)
-    found = predictor.recommend(**RUN, **before, probe_loss=LAWS.loss(5e18 + spent), probe_tokens=1e8)
+    found = predictor.recommend(**RUN, **before, probes=probes([1e-3], loss=lambda _: LAWS.loss(5e18 + spent)))
     assert found.equivalent_compute == pytest.approx(5e18, rel=1e-2) and "probe" in str(
         found.sources["equivalent_compute"]
     )
     assert found.learning_rate < blind.learning_rate and found.batch_tokens > blind.batch_tokens
     low, high = found.intervals["equivalent_compute"]
     assert low <= found.equivalent_compute * 1.01 and high >= found.equivalent_compute * 0.99
-    useless = predictor.recommend(**RUN, eval_loss=LAWS.loss(5e18), probe_loss=LAWS.loss(1e18), probe_tokens=1e8)
+    assert said(found, "1 probes do not tell where the best learning rate lies")
+    worse = probes([1e-3], loss=lambda _: LAWS.loss(1e18))
+    useless = predictor.recommend(**RUN, eval_loss=LAWS.loss(5e18), probes=worse)
     assert useless.equivalent_compute == pytest.approx(5e18, rel=1e-3)
 
 
+@pytest.mark.parametrize("off", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("batch", [1.0, 3.0])
+def test_probes_at_several_rates_correct_the_law_by_what_this_model_prefers(predictor, off, batch):
+    """A model whose best rates are `off` times the law's: at few tokens it shows, and the rate of the run follows."""
+    own = LAWS.learning_rate(5e18 + 6 * 1e8 * 1e8) * off
+    batch *= LAWS.batch_tokens(5e18 + 6 * 1e8 * 1e8)
+    at_batch = own * (batch / LAWS.batch_tokens(5e18 + 6 * 1e8 * 1e8)) ** 0.4
+    rates = 3e-3 * 2.0 ** np.arange(-6, 4)
+
+    def loss(rate: float) -> float:
+        return 3.2 + 0.015 * math.log(rate / at_batch) ** 2
+
+    law = predictor.recommend(**RUN, eval_loss=LAWS.loss(5e18))
+    found = predictor.recommend(**RUN, eval_loss=LAWS.loss(5e18), probes=probes(rates, batch, loss=loss))
+    assert found.learning_rate == pytest.approx(off * law.learning_rate, rel=0.01)
+    assert found.batch_tokens == law.batch_tokens and not said(found, "best probe")
+    low, high = found.intervals["learning_rate"]
+    assert low <= found.learning_rate <= high and high / low < 1.05 * max(1.1, law.intervals["learning_rate"][1] / low)
+    assert (
+        f"{off:.2g}"[:2] in found.sources["learning_rate"]
+        and "10 probes of 100,000,000" in found.sources["learning_rate"]
+    )
+    # Cut off below the best: the end is said, and nothing is taken beyond it.
+    few = [row for row in probes(rates, batch, loss=loss) if row["learning_rate"] < at_batch / 1.5]
+    cut = predictor.recommend(**RUN, eval_loss=LAWS.loss(5e18), probes=few)
+    assert said(cut, "the highest learning rate of all") and cut.learning_rate < found.learning_rate
+    # A run that diverged above the best closes that end.
+    lost = {**few[-1], "learning_rate": 2 * few[-1]["learning_rate"], "loss": math.nan}
+    assert not said(predictor.recommend(**RUN, eval_loss=LAWS.loss(5e18), probes=[*few, lost]), "best probe")
+
+
+def test_probes_correct_published_laws_too(predictor):
+    run = {**RUN, "tokens_seen": 2e9}
+    plain = HparamPredictor.from_pretrained("deepseek").recommend(**run)
+    rates = plain.learning_rate * 2.0 ** np.arange(-1, 4)
+    found = HparamPredictor.from_pretrained("deepseek").recommend(
+        **run, probes=probes(rates, loss=lambda rate: 3 + math.log(rate / rates[2]) ** 2)
+    )
+    assert found.learning_rate > 1.2 * plain.learning_rate and found.equivalent_compute == plain.equivalent_compute
+
+
 @pytest.mark.parametrize(
-    ("law", "probe", "words"),
+    ("rows", "words"),
     [
-        (None, {"eval_loss": 3.0, "probe_loss": 2.9}, "belong together"),
-        (None, {"eval_loss": 3.0, "probe_loss": -1.0, "probe_tokens": 0}, "above 0 and below 50; probe_tokens=0 must"),
-        (None, {"probe_loss": 2.9, "probe_tokens": 1e6}, "run from a checkpoint"),
-        ("deepseek", {"tokens_seen": 1e9, "probe_loss": 2.9, "probe_tokens": 1e6}, "no law of loss"),
+        (probes([1e-3, 2e-3]) + probes([4e-3], batch=2e5), "have batch_tokens from 100000 to 200000"),
+        (probes([1e-3, 2e-3]) + probes([4e-3], tokens=2e8), "have tokens from 1e\\+08 to 2e\\+08"),
+        (probes([1e-3], loss=lambda _: -1.0), "None of 1 runs is usable"),
+        ([{"learning_rate": 1e-3, "loss": 3.0, "tokens": 1e8}], "batch"),
+        ([], "empty"),
     ],
 )
-def test_probes_that_say_nothing_are_refused(predictor, law, probe, words):
+def test_probes_that_say_nothing_are_refused(predictor, rows, words):
     with pytest.raises(WarmstartError, match=words):
-        (HparamPredictor.from_pretrained(law) if law else predictor).recommend(**RUN, **probe)
+        predictor.recommend(**RUN, eval_loss=3.0, probes=rows)
 
 
 def test_the_rate_follows_the_rounded_batch_along_the_ridge(predictor):

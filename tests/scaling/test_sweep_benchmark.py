@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks.hparams.jobs import TargetJob, parent_file, target_file
 from benchmarks.hparams.report import KINDS, MARKERS, as_table, interval, plot, report, write_document
-from benchmarks.hparams.setting import SETTINGS, Setting, Target
-from benchmarks.hparams.study import LAWS_NAME, SETTING_NAME, Study, grid_points, preset_points
+from benchmarks.hparams.setting import PROBE, SETTINGS, Setting, Target
+from benchmarks.hparams.study import LAWS_NAME, MOST_PROBES, SETTING_NAME, Study, grid_points, preset_points
 from hf_warmstart import WarmstartError
 from hf_warmstart.scaling.sweeps.cost import FORWARD_SHARE
 from hf_warmstart.scaling.sweeps.design import Point
@@ -67,6 +67,9 @@ def planted(tmp_path):
         said |= {"equivalent_compute": 1e9, "total_compute": 2e9, "intervals": {}, "warnings": []}
         for kind in KINDS:
             parent_file(tmp_path, name).with_name(f"{kind}.json").write_text(json.dumps(said))
+        (tmp_path / f"probes-{name}").mkdir()
+        for k in range(3 if name == "stories" else 4):
+            (tmp_path / f"probes-{name}" / f"b3-lr{k}.json").write_text("{}")
         (tmp_path / f"target-{name}").mkdir()
         presets = [p for p in preset_points(target, parent_file(tmp_path, name)).values() if isinstance(p, Point)]
         points = [*grid_points(Point(2.0**-8, 4), 3), OURS, *presets]
@@ -104,6 +107,10 @@ def test_the_report_says_regret_and_search_compute_of_what_is_there(planted):
     spent = 1e9 + FORWARD_SHARE * target.flops_per_token * 10 * setting.length
     assert search["share"] == pytest.approx(spent / grid)
     assert search["share_of_seconds"] == pytest.approx(5 / (50 * 2))
+    each = (
+        PROBE * target.tokens * target.flops_per_token + FORWARD_SHARE * target.flops_per_token * 10 * setting.length
+    )
+    assert search["probes_share"] == pytest.approx(4 * each / grid)  # the parent that took more
     with pytest.raises(WarmstartError, match="no runs of this setting"):
         report(folder, SETTINGS["quick"])
 
@@ -128,7 +135,8 @@ def test_the_table_goes_between_a_documents_markers_and_the_grid_is_drawn(plante
     write_document(document, as_table(made, "tiny"))
     text = document.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert "| both | **recommended** | 0.005 | 48 |" in text and "| search compute, of 25 points and 2 seeds" in text
+    assert "| both | **recommended by the laws alone** | 0.005 | 48 |" in text
+    assert "| search compute of the laws, of 25 points and 2 seeds" in text
     write_document(document, "new")
     assert "recommended" not in document.read_text()
     document.write_text("none")
@@ -150,6 +158,7 @@ def test_the_benchmark_goes_from_texts_to_a_report_and_goes_on(tmp_path, monkeyp
     assert made["missing"] == []
     for of in made["parents"].values():
         assert of["grid_best"]["points"] >= 9 and of["presets"]
+        assert 3 <= of["probes"] <= MOST_PROBES and "probes" in of["probed"]["sources"]["learning_rate"]
         for kind in KINDS:
             assert of[kind]["regret"]["seeds"] == 2 and of[kind]["regret"]["mean"] > -0.5
     monkeypatch.setattr("benchmarks.hparams.jobs.train", None)

@@ -3,7 +3,7 @@
 | form | learning rate | batch | loss |
 |---|---|---|---|
 | `compute` | `a C^p` | `b C^q` | `E + A C^-gamma`, best runs of each compute |
-| `params_tokens` | `a N^p D^q` | `b D^r` | `E + A N^-alpha + B D^-beta`, best runs of each budget |
+| `params_tokens` | `a N^p D^q` | `b D^r` | `E + A N^-alpha + B D^-beta`, best runs of each budget; else `E + B D^-beta` |
 
 The batch follows tokens alone in the second form: the best and the critical batch hardly depend on the size of the model
 (arXiv 2410.21676, 2505.13738, 2503.04715). A law of compute alone holds only along one path of tokens per parameter: over
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import WarmstartError
-from .laws import FORMS, LossLaw, PowerLaw
+from .laws import FORMS, LOSS_FORMS, LossLaw, PowerLaw
 from .optima import AXES, SAME_TOKENS, Optimum
 from .robust_fit import Array
 from .settings_law import SettingsFit, determined, fit_power_law
@@ -104,15 +104,28 @@ def fit_forms(optima: Sequence[Optimum], form: str, seed: int = 0) -> tuple[Form
 def fit_loss(optima: Sequence[Optimum], form: str, seed: int = 0) -> LossLaw:
     """The law of loss in a form, with draws of the optima's losses and of their scatter round the law.
 
+    Returns:
+        `LossLaw`; of `"params_tokens"` one of tokens alone where losses fall with tokens, and not with parameters.
+
     Raises:
         WarmstartError: the budgets do not determine it.
     """
-    points = _best_of_each_compute(optima) if form == "compute" else list(optima)
-    at: dict[str, Any] = {name: np.array([getattr(o, name) for o in points]) for name in FORMS[form]}
-    if form == "params_tokens":
-        logs = np.column_stack([np.ones(len(points)), *(np.log(x) - np.log(x).mean() for x in at.values())])
-        if not determined(logs):
-            raise WarmstartError("Parameters and tokens of the budgets vary together.")
+    if form != "params_tokens":
+        return _fit_loss(_best_of_each_compute(optima), FORMS[form], seed)
+    logs = [np.log([getattr(o, name) for o in optima]) for name in FORMS[form]]
+    if not determined(np.column_stack([np.ones(len(optima)), *(x - x.mean() for x in logs)])):
+        raise WarmstartError("Parameters and tokens of the budgets vary together.")
+    try:
+        return _fit_loss(optima, FORMS[form], seed)
+    except WarmstartError as error:
+        try:
+            return _fit_loss(optima, LOSS_FORMS["tokens"], seed)
+        except WarmstartError:
+            raise error from None
+
+
+def _fit_loss(points: Sequence[Optimum], variables: Sequence[str], seed: int) -> LossLaw:
+    at: dict[str, Any] = {name: np.array([getattr(o, name) for o in points]) for name in variables}
     loss = np.array([o.loss for o in points])
     draws = np.stack([o.draws[:, 2] for o in points], axis=1)
     first = LossLaw.fit(loss, draws=0, **at)

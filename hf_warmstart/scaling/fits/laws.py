@@ -1,9 +1,10 @@
 """The two kinds of scaling law: the loss that a budget buys, and the settings that are best at it.
 
-`LossLaw` is `L = E + sum of A_i x_i^-a_i`, over compute C or over parameters N and tokens D:
+`LossLaw` is `L = E + sum of A_i x_i^-a_i`, over compute C, over parameters N and tokens D, or over tokens alone:
 
     L(C)    = E + A C^-gamma                    arXiv 2001.08361 (E = 0), 2404.06395 section 4
     L(N, D) = E + A N^-alpha + B D^-beta        arXiv 2203.15556, section 3.3
+    L(D)    = E + B D^-beta                     its limit where tokens are few: a larger model is then no better
 
 `PowerLaw` is `y = c * product of x_i^p_i`: a learning rate or a batch size over the same quantities. Both keep the draws of
 their bootstrap, each a whole set of parameters: amplitude and exponent of a law are so correlated that intervals of the one
@@ -28,7 +29,9 @@ from .robust_fit import Array, PowerSum, RobustFit, fit, refit
 
 # What a law is over. The order is the one in which amplitudes and exponents stand.
 FORMS = {"compute": ("compute",), "params_tokens": ("params", "tokens")}
+LOSS_FORMS = {**FORMS, "tokens": ("tokens",)}
 LEVEL = 0.95
+STEEPEST = 5.0  # exponent of a law of loss; published ones lie below 1
 # Starts of exponents and of the floor, as a share of the lowest loss; amplitudes follow from them and the data.
 EXPONENT_STARTS = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.45, 0.7, 1.0)
 FLOOR_STARTS = (0.05, 0.3, 0.5, 0.7, 0.85, 0.95, 0.99)
@@ -42,16 +45,16 @@ def interval(draws: ArrayLike, level: float = LEVEL) -> tuple[float, float]:
 
 
 def form_of(variables: Sequence[str]) -> str:
-    """The name of a law's form by what it is over.
+    """The name of a law of loss by what it is over.
 
     Raises:
         WarmstartError: no law is over these.
     """
-    for name, own in FORMS.items():
+    for name, own in LOSS_FORMS.items():
         if own == tuple(variables):
             return name
     raise WarmstartError(
-        f"No law is over {sorted(variables)}. Pass {' or '.join(' and '.join(own) for own in FORMS.values())}."
+        f"No law is over {sorted(variables)}. Pass {' or '.join(' and '.join(own) for own in LOSS_FORMS.values())}."
     )
 
 
@@ -103,7 +106,8 @@ class LossLaw:
 
     Args:
         floor (`float`): E, the loss that no budget gets below, in nats per token; 0 or more.
-        amplitudes (`dict[str, float]`): A of each quantity: `{"compute": A}` or `{"params": A, "tokens": B}`; positive.
+        amplitudes (`dict[str, float]`): A of each quantity: `{"compute": A}`, `{"params": A, "tokens": B}` or `{"tokens": B}`;
+            positive.
         exponents (`dict[str, float]`): the positive exponent of each: gamma, or alpha and beta.
         draws (`np.ndarray`, (draws, 1 + 2 quantities), *optional*): of `ln E, ln A, a, ...`, in the quantities' order.
 
@@ -140,18 +144,21 @@ class LossLaw:
 
     @property
     def form(self) -> str:
-        """`"compute"` or `"params_tokens"`."""
+        """`"compute"`, `"params_tokens"` or `"tokens"`."""
         return form_of(tuple(self.amplitudes))
 
     @property
     def variables(self) -> tuple[str, ...]:
         """The quantities that the law is over."""
-        return FORMS[self.form]
+        return LOSS_FORMS[self.form]
 
     # -- values ---------------------------------------------------------------------------------------------------
 
     def __call__(self, **at: ArrayLike) -> Any:
-        """The loss, in nats per token, at `compute=` (FLOPs), or at `params=` and `tokens=`; numbers or arrays of one shape."""
+        """The loss, in nats per token, at `compute=` (FLOPs), or at `params=` and `tokens=`; numbers or arrays of one shape.
+
+        What the law is not over may be passed too.
+        """
         given = quantities(self.amplitudes, at)
         loss = self.floor + sum(a * given[n] ** -self.exponents[n] for n, a in self.amplitudes.items())
         return float(loss) if np.ndim(loss) == 0 else loss
@@ -216,9 +223,13 @@ class LossLaw:
             gamma = alpha beta / (alpha + beta),   G = (alpha A / (beta B))^(1 / (alpha + beta))
 
         A law of compute is returned as it is. Source: arXiv 2203.15556, equation 4.
+
+        Raises:
+            WarmstartError: of a law of tokens alone, by which the smallest model is best.
         """
         if self.form == "compute":
             return self
+        self._tells_shares()
         (a, b), (alpha, beta) = self.amplitudes.values(), self.exponents.values()
         made = _frontier(np.array([math.log(a), alpha, math.log(b), beta])[None])
         draws = None if self.draws is None else np.column_stack([self.draws[:, :1], _frontier(self.draws[:, 1:])])
@@ -226,11 +237,16 @@ class LossLaw:
 
     def compute_optimal_params(self, compute: float) -> float:
         """The parameters that get the least loss out of compute: `N = G (C / 6)^(beta / (alpha + beta))`."""
-        if self.form == "compute":
-            raise WarmstartError("A law of compute alone does not say how to share it. Fit form='params_tokens'.")
+        self._tells_shares()
         (a, b), (alpha, beta) = self.amplitudes.values(), self.exponents.values()
         g = (alpha * a / (beta * b)) ** (1 / (alpha + beta))
         return float(g * (compute / 6) ** (beta / (alpha + beta)))
+
+    def _tells_shares(self) -> None:
+        if self.form != "params_tokens":
+            raise WarmstartError(
+                f"A law of {self.form} alone does not say how to share compute. Fit form='params_tokens'."
+            )
 
     def _asked(self, fixed: Mapping[str, float]) -> tuple[str, float]:
         """The quantity that is not fixed, and what the law tends to as it grows."""
@@ -265,7 +281,7 @@ class LossLaw:
             weights (`np.ndarray`, (points,), *optional*): of each point.
             draws (`int`, defaults to 1000): how many bootstraps to make where `loss_draws` is not given; 0 for none.
             seed (`int`, defaults to 0): of the points that are drawn.
-            **at (`np.ndarray`, (points,)): `compute=` in FLOPs; or `params=` and `tokens=`.
+            **at (`np.ndarray`, (points,)): `compute=` in FLOPs; or `params=` and `tokens=`; or `tokens=` alone.
 
         Returns:
             `LossLaw`, with draws.
@@ -284,7 +300,7 @@ class LossLaw:
             >>> round(law.floor, 3), round(law.exponents["compute"], 4)
             (1.5, 0.15)
         """
-        variables = FORMS[form_of([n for own in FORMS.values() for n in own if n in at])]
+        variables = LOSS_FORMS[form_of([n for own in FORMS.values() for n in own if n in at])]
         points = {name: np.asarray(at[name], dtype=float) for name in variables}
         y = np.asarray(loss, dtype=float)
         bad = sorted(n for n, x in points.items() if x.shape != y.shape or not ((x > 0) & np.isfinite(x)).all())
@@ -333,6 +349,12 @@ class LossLaw:
             raise WarmstartError(
                 f"The losses do not fall as {' and '.join(rising)} grow, so that no law of loss fits. Check the "
                 "columns' units, and leave out runs that diverged or were not decayed at their end."
+            )
+        steep = {n: float(found.theta[2 + 2 * k]) for k, n in enumerate(variables)}
+        if named := [f"{n}^-{power:.3g}" for n, power in steep.items() if not power < STEEPEST]:
+            raise WarmstartError(
+                f"The losses would fall as {' and '.join(named)}, which no law of loss does: between these points they hardly "
+                "fall, or fall at once. Add budgets that lie further apart."
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -26,7 +26,8 @@ class FittedLaws:
     Args:
         name (`str`). form (`str`): `"compute"`, `"params_tokens"` or `"preset"`.
         learning_rate, batch_tokens: the laws of the settings; a preset may have no law of the batch.
-        loss (`LossLaw`, *optional*): of compute. loss_params_tokens (`LossLaw`, *optional*): of parameters and tokens.
+        loss (`LossLaw`, *optional*): of compute. loss_params_tokens (`LossLaw`, *optional*): of parameters and tokens, or of
+            tokens alone where more parameters were no better.
         ridge (`float`): `d ln rate / d ln batch` where the batch is not the optimum. ridge_source (`str`).
         range (`dict[str, tuple[float, float]]`): of compute, params and tokens. lowest_loss (`float`, *optional*):
             that was fitted.

@@ -117,7 +117,11 @@ class HparamPredictor(
         losses: dict[str, LossLaw | None] = {}
         for own in ("compute", "params_tokens"):
             try:
-                losses[own] = fit_loss(optima, own, seed) if own in forms else None
+                losses[own] = found = fit_loss(optima, own, seed) if own in forms else None
+                if found is not None and found.form != own == chosen.form:
+                    warnings.append(
+                        "The losses are no lower for more parameters: the law of loss is one of tokens alone."
+                    )
             except WarmstartError as error:
                 losses[own] = None
                 if own == chosen.form:
@@ -208,10 +212,12 @@ class HparamPredictor(
                 - `eval_dataset`, `tokenizer`: the law's own evaluation set, on which the loss is measured over tokens.
                 - `eval_loss` (`float`): the loss instead, in nats per token. `eval_fingerprint` (`Fingerprint`): of what it was
                   measured on.
-                - `probe_loss`, `probe_tokens` (`float`): the loss after a short run from the checkpoint on the new text,
-                  decayed at its end, and its tokens. What the law says of it, less the tokens, counts where it is more than
-                  `eval_loss` says: a checkpoint of other text starts high and falls within a few steps, so that its first
-                  loss tells of the text rather than of what it knows.
+                - `probes`: short runs from the checkpoint on the new text, each decayed at its end: a table like `fit`'s, with
+                  `learning_rate`, `batch_tokens`, `tokens` and `loss`. What the law says of the best, less its tokens,
+                  counts where it is more than `eval_loss` says: a checkpoint of other text starts high and falls within a
+                  few steps. Three or more at rates a factor of two apart, else alike, correct the law's learning rate: it
+                  is asked for the step from their tokens to the run's alone, no longer for that from small models to
+                  this one.
                 - `tokens_seen` (`float`): by the checkpoint. `annealed` (`bool`): whether its rate was decayed.
                 - `world_size` (`int`, 1): devices. `per_device_train_batch_size` (`int`, 8): sequences that fit on one. The
                   batch is rounded to what these divide, and the learning rate moved along the ridge.

@@ -11,11 +11,7 @@ parameters and at the
 tokens that the sum would buy it, `D = C / (6 N)`. Every draw of the laws goes the whole way, so that intervals hold what is
 uncertain of all of them together.
 
-A checkpoint of other text starts at a high loss, which tells of the text rather than of what the checkpoint knows, and is at a
-much lower one within a few steps. A *probe*, a short run of D_p tokens that ends decayed at L_p, tells more. It is ours, not
-the paper's:
-
-    C_pre = max(C(L), C(L_p) - 6 N D_p)
+Short runs from the checkpoint itself, where there are any, correct both: see `probes`.
 """
 
 from __future__ import annotations
@@ -33,6 +29,7 @@ from ..tables.compute import training_flops
 from ..tables.evaluation import Fingerprint, mapped_loss
 from .fitted import FittedLaws
 from .presets import preset_data, tuned_recipe
+from .probes import Probes
 from .recommendation import HparamRecommendation
 from .starting_state import StartingState, starting_state
 
@@ -62,8 +59,7 @@ def recommend(
     eval_loss: float | None = None,
     eval_fingerprint: Fingerprint | None = None,
     tokenizer: Any = None,
-    probe_loss: float | None = None,
-    probe_tokens: float | None = None,
+    probes: Any = None,
     tokens_seen: float | None = None,
     annealed: bool | None = None,
     world_size: int = 1,
@@ -76,7 +72,6 @@ def recommend(
 ) -> HparamRecommendation:
     """See `HparamPredictor.recommend`."""
     _check(tokens, sequence_length, world_size, per_device_train_batch_size, batch_tokens, replay_share)
-    _check_probe(laws, probe_loss, probe_tokens)
     state = starting_state(
         sequence_length=sequence_length,
         accounting=laws.accounting,
@@ -95,20 +90,17 @@ def recommend(
     per_token = _flops_per_token(laws, state)
     loss = _loss_of_the_law(laws, state, trust_loss, warnings)
     equivalent, draws, source = _equivalent_compute(laws, state, loss, per_token, warnings, seed)
-    if probe_loss is not None and probe_tokens is not None:
-        if state.from_scratch:
-            raise WarmstartError(
-                "probe_loss is of a run from a checkpoint. Pass what the checkpoint is, or its eval_loss=."
-            )
-        spent = per_token * probe_tokens
+    probed = None if probes is None else Probes.of(probes, state.params)
+    if probed is not None and not (laws.is_preset or state.from_scratch):
+        spent = per_token * probed.tokens
         try:
-            after, drawn = _inverted(laws, state, probe_loss, per_token, seed)
+            after, drawn = _inverted(laws, state, probed.lowest, per_token, seed)
         except WarmstartError as error:
             after, drawn = 0.0, draws
-            warnings.append(f"The probe was left out: {error}")
+            warnings.append(f"The probes do not say what the checkpoint is worth: {error}")
         if after - spent > equivalent:
             equivalent, draws = after - spent, np.maximum(np.resize(draws, len(drawn)), drawn - spent)
-            source = f"inverse of the loss law after a probe of {probe_tokens:,.0f} tokens, less those"
+            source = f"inverse of the loss law after a probe of {probed.tokens:,.0f} tokens, less those"
     planned = per_token * tokens
     total = equivalent + planned
     drawn = np.minimum(draws, FAR * max(total, *laws.range.get("compute", (0.0,)))) + planned
@@ -121,12 +113,19 @@ def recommend(
     best_rate = _read(laws, "learning_rate", at)
     many = {**at, "compute": drawn, "tokens": drawn / per_token}
     rates, batches = (_drawn(laws, name, many) for name in ("learning_rate", "batch_tokens"))
+    follows = "batch_sequences" not in laws.learning_rate.exponents
+    correction = ""
+    if probed is not None:
+        factor, factors = _correction(laws, probed, at, equivalent, drawn - planned, per_token, sequence_length, seed)
+        best_rate *= factor
+        rates = None if rates is None else rates * factors
+        correction = f"the law's times {factor:.3g}, by {len(probed.rates)} probes of {probed.tokens:,.0f} tokens"
+        warnings += probed.doubts
 
     wanted = batch_tokens or best_batch
     per_device, accumulation = _divided(wanted / sequence_length / world_size, per_device_train_batch_size)
     sequences = per_device * accumulation * world_size
     ratio = sequences * sequence_length / best_batch
-    follows = "batch_sequences" not in laws.learning_rate.exponents
     moved = ratio**laws.ridge if follows else (sequences / size) ** 0.5  # type: ignore[operator]
     rate = best_rate * moved
     intervals = {}
@@ -153,13 +152,12 @@ def recommend(
     warnings += _doubts(laws, state, loss, total, total / per_token, ratio if follows else 1.0, steps, rate)
     if not state.from_scratch:
         warnings.append(RETENTION_PRESET if laws.is_preset else RETENTION)
+    along = f"along the ridge B^{laws.ridge:.2g}: {laws.ridge_source}" if follows and abs(moved - 1) >= 1e-9 else ""
     sources = {
         "law": laws.describe(),
         "equivalent_compute": source,
         "eval_loss": state.loss_source,
-        "learning_rate": ""
-        if abs(moved - 1) < 1e-9 or not follows
-        else f"along the ridge B^{laws.ridge:.2g}: {laws.ridge_source}",
+        "learning_rate": "; ".join(words for words in (correction, along) if words),
         "batch_tokens": "given" if batch_tokens else f"the law's {best_batch:,.0f}, rounded",
     }
     return HparamRecommendation(
@@ -209,20 +207,6 @@ def _check(tokens, sequence_length, world_size, per_device, batch_tokens, replay
         problems.append(f"tokens={tokens!r} is less than one sequence of {sequence_length}")
     if not 0 <= replay_share < 1:
         problems.append(f"replay_share={replay_share!r} must be 0 or more and below 1")
-    if problems:
-        raise WarmstartError("; ".join(problems) + ".")
-
-
-def _check_probe(laws: FittedLaws, loss: float | None, tokens: float | None) -> None:
-    problems = []
-    if (loss is None) != (tokens is None):
-        problems.append("probe_loss and probe_tokens belong together")
-    if loss is not None and not 0 < loss < 50:
-        problems.append(f"probe_loss={loss!r} must be a cross-entropy in nats per token, above 0 and below 50")
-    if tokens is not None and not 0 < tokens < math.inf:
-        problems.append(f"probe_tokens={tokens!r} must be positive")
-    if loss is not None and laws.is_preset:
-        problems.append(f"the preset {laws.name!r} has no law of loss to put probe_loss through")
     if problems:
         raise WarmstartError("; ".join(problems) + ".")
 
@@ -338,7 +322,8 @@ def _inverted(laws: FittedLaws, state: StartingState, loss: float, per_token: fl
     """The inverse of the loss law, with its draws; the loss's own error is drawn too."""
     generator = np.random.default_rng(seed)
     if laws.form == "params_tokens" and laws.loss_params_tokens is not None:
-        law, fixed, unit = laws.loss_params_tokens, {"params": state.params}, per_token
+        law, unit = laws.loss_params_tokens, per_token
+        fixed = {"params": state.params} if "params" in law.variables else {}
     elif laws.loss is not None:
         law, fixed, unit = laws.loss, {}, 1.0
     else:
@@ -346,12 +331,42 @@ def _inverted(laws: FittedLaws, state: StartingState, loss: float, per_token: fl
     estimate = law.inverse(loss, **fixed)
     draws = law.inverse_draws(loss, **fixed)
     if state.loss_error:
-        slope = sum(law.gradient(**{**fixed, next(v for v in law.variables if v not in fixed): estimate}).values())
-        if fixed:
-            slope = law.gradient(params=state.params, tokens=estimate)["tokens"]
+        asked = next(name for name in law.variables if name not in fixed)
+        slope = law.gradient(**fixed, **{asked: estimate})[asked]
         shift = state.loss_error * generator.standard_normal(len(draws)) / slope / estimate
         draws = draws * np.exp(np.clip(shift, -5, 5))
     return estimate * unit, draws * unit
+
+
+def _correction(
+    laws: FittedLaws,
+    probed: Probes,
+    at: dict[str, Any],
+    equivalent: float,
+    draws: Array,
+    per_token: float,
+    length: int,
+    seed: int,
+) -> tuple[float, Array]:
+    """What the law's learning rate is to be multiplied with for the probes' best to be the law's there; and its draws.
+
+    Args:
+        at: the run's point. equivalent, draws: compute that the checkpoint is worth. per_token: FLOPs. length: of a sequence.
+    """
+    if not probed.tell_the_rate:
+        return 1.0, np.ones(1)
+    spent = per_token * probed.tokens
+    then = at | {"compute": equivalent + spent, "tokens": equivalent / per_token + probed.tokens}
+    then["batch_sequences"] = probed.batch_tokens / length
+    ridge = 1.0
+    if "batch_sequences" not in laws.learning_rate.exponents and laws.batch_tokens is not None:
+        ridge = (probed.batch_tokens / _read(laws, "batch_tokens", then)) ** laws.ridge
+    laws_own = _drawn(
+        laws, "learning_rate", then | {"compute": draws + spent, "tokens": draws / per_token + probed.tokens}
+    )
+    found, scattered = probed.best_rate(laws.noise, 0 if laws_own is None else len(laws_own), seed)
+    factor = found / (_read(laws, "learning_rate", then) * ridge)
+    return factor, np.ones(1) if laws_own is None else scattered / (laws_own * ridge)
 
 
 def _read(laws: FittedLaws, name: str, at: dict[str, Any]) -> float:
