@@ -19,6 +19,7 @@ from hf_warmstart.scaling.sweeps import plan_sweep, train_sweep
 from hf_warmstart.scaling.sweeps.design import Limits, Point, best_point, further_points
 from hf_warmstart.scaling.sweeps.folder import write_atomically
 from hf_warmstart.scaling.sweeps.pool import OutOfTimeError, WorkerPool
+from hf_warmstart.scaling.sweeps.probes import next_rates
 from hf_warmstart.scaling.sweeps.text import Blocks, read_blocks
 
 from .jobs import ParentJob, ProbeJob, Shared, TargetJob, parent_file, probe_file, target_file, work
@@ -27,7 +28,6 @@ from .setting import PROBE, Setting, Target
 FIRST, LATER = 0, 1  # priorities: what others wait for, and what nobody does
 SETTING_NAME, LAWS_NAME = "setting.json", "laws.json"
 FEWEST_STEPS = 10  # of a run of the grid
-MOST_PROBES = 6  # from one parent
 
 
 class Study:
@@ -161,18 +161,16 @@ class Study:
         """What they say when short runs from the parent tell what it knows, and which rates it prefers."""
         tokens = self.target.run_of(PROBE * self.setting.tokens_per_parameter).tokens[0]
         first = self._recommended(name, "probe-settings", predictor, tokens, None)
-        steps = [-1, 0, 1]
-        while True:
-            jobs = [ProbeJob(name, Point(first.learning_rate * 2.0**k, first.batch_sequences)) for k in steps]
-            files = [probe_file(self.folder, job) for job in jobs]
-            todo = [job for job, file in zip(jobs, files, strict=True) if not file.exists()]
-            self.pool.run(todo, priority=FIRST)
-            rows = [json.loads(file.read_text()) for file in files]
-            losses = [math.inf if row["loss"] is None else row["loss"] for row in rows]
-            best = losses.index(min(losses))
-            if len(steps) >= MOST_PROBES or 0 < best < len(steps) - 1:
-                return self._recommended(name, "probed", predictor, self.target.tokens, rows)
-            steps = [steps[0] - 1, *steps] if best == 0 else [*steps, steps[-1] + 1]
+
+        def job(rate: float) -> ProbeJob:
+            return ProbeJob(name, Point(rate, first.batch_sequences))
+
+        rows: dict[float, dict[str, Any]] = {}
+        while rates := next_rates(first.learning_rate, {rate: row["loss"] for rate, row in rows.items()}):
+            files = {rate: probe_file(self.folder, job(rate)) for rate in rates}
+            self.pool.run([job(rate) for rate, file in files.items() if not file.exists()], priority=FIRST)
+            rows |= {rate: json.loads(file.read_text()) for rate, file in files.items()}
+        return self._recommended(name, "probed", predictor, self.target.tokens, list(rows.values()))
 
     def _recommended(
         self, name: str, kept: str, predictor: HparamPredictor, tokens: int, probes: list[dict[str, Any]] | None

@@ -11,10 +11,11 @@ import pytest
 from benchmarks.hparams.jobs import TargetJob, parent_file, target_file
 from benchmarks.hparams.report import KINDS, MARKERS, as_table, interval, plot, report, write_document
 from benchmarks.hparams.setting import PROBE, SETTINGS, Setting, Target
-from benchmarks.hparams.study import LAWS_NAME, MOST_PROBES, SETTING_NAME, Study, grid_points, preset_points
+from benchmarks.hparams.study import LAWS_NAME, SETTING_NAME, Study, grid_points, preset_points
 from hf_warmstart import WarmstartError
 from hf_warmstart.scaling.sweeps.cost import FORWARD_SHARE
 from hf_warmstart.scaling.sweeps.design import Point
+from hf_warmstart.scaling.sweeps.probes import MOST
 
 
 def tiny() -> Setting:
@@ -158,7 +159,7 @@ def test_the_benchmark_goes_from_texts_to_a_report_and_goes_on(tmp_path, monkeyp
     assert made["missing"] == []
     for of in made["parents"].values():
         assert of["grid_best"]["points"] >= 9 and of["presets"]
-        assert 3 <= of["probes"] <= MOST_PROBES and "probes" in of["probed"]["sources"]["learning_rate"]
+        assert 3 <= of["probes"] <= MOST and "probes" in of["probed"]["sources"]["learning_rate"]
         for kind in KINDS:
             assert of[kind]["regret"]["seeds"] == 2 and of[kind]["regret"]["mean"] > -0.5
     monkeypatch.setattr("benchmarks.hparams.jobs.train", None)

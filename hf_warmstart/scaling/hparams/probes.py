@@ -39,14 +39,14 @@ class Probes:
     Args:
         rates (`np.ndarray`, (runs,)): peaks, rising. losses (`np.ndarray`, (runs,)): held out, in nats per token, finite.
         tokens (`float`): of each run. batch_tokens (`float`): of each step.
-        diverged (`float`, *optional*): the lowest rate at which one diverged.
+        lost (`tuple[float, ...]`): rates at which one diverged, or learnt nothing.
     """
 
     rates: Array
     losses: Array
     tokens: float
     batch_tokens: float
-    diverged: float | None = None
+    lost: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, source: Any, params: float) -> Probes:
@@ -77,7 +77,7 @@ class Probes:
             frame["loss"].to_numpy(),
             float(frame["tokens"].mean()),
             float(frame["batch_tokens"].mean()),
-            float(min(lost)) if len(lost) else None,
+            tuple(map(float, lost)),
         )
 
     @property
@@ -95,9 +95,10 @@ class Probes:
         """What about the best rate should be looked at."""
         if not self.tell_the_rate:
             return [f"{len(self.rates)} probes do not tell where the best learning rate lies: that takes {FEWEST}."]
-        best = int(np.argmin(self.losses))
-        if best == 0 or (best == len(self.rates) - 1 and self.diverged is None):
-            end = "highest" if best else "lowest"
+        best = float(self.rates[int(np.argmin(self.losses))])
+        tried = [*self.rates, *self.lost]
+        if best in (min(tried), max(tried)):
+            end = "highest" if best == max(tried) else "lowest"
             return [f"The best probe has the {end} learning rate of all: the best may lie beyond. Add a probe there."]
         return []
 

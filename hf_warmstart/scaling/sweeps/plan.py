@@ -135,14 +135,11 @@ def plan_sweep(
         raise WarmstartError(f"tokens={tokens!r} must be the number of tokens that are planned for the target.")
     if not (isinstance(sequence_length, int) and sequence_length >= 2):
         raise WarmstartError(f"sequence_length={sequence_length!r} must be an integer of at least 2 tokens.")
-    model_class, config = class_and_config(target)
-    # By name: asking the mapping for its classes would import every one of them.
-    if model_class.__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        raise WarmstartError(f"{model_class.__name__} is no causal language model, and a sweep trains these alone.")
-    _check_length(config, sequence_length)
+    model_class, config = causal_class_and_config(target)
+    check_length(config, sequence_length)
     proxies = choose_proxies(model_class, config, sequence_length, asked)
     _check_steps(proxies, asked)
-    found = _tokenizer(tokenizer, target)
+    found = tokenizer_of(tokenizer, target)
     vocabulary = config.get_text_config().vocab_size
     train = read_blocks(train_dataset, "train_dataset", sequence_length, vocabulary, found)
     evaluation = read_blocks(eval_dataset, "eval_dataset", sequence_length, vocabulary, found)
@@ -187,7 +184,18 @@ def _check_steps(proxies: list[Proxy], asked: SweepConfig) -> None:
         )
 
 
-def _check_length(config: PreTrainedConfig, sequence_length: int) -> None:
+def causal_class_and_config(
+    source: PreTrainedModel | PreTrainedConfig | str | os.PathLike,
+) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """Class and config of a causal language model; loads no weights."""
+    model_class, config = class_and_config(source)
+    # By name: asking the mapping for its classes would import every one of them.
+    if model_class.__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise WarmstartError(f"{model_class.__name__} is no causal language model, and a sweep trains these alone.")
+    return model_class, config
+
+
+def check_length(config: PreTrainedConfig, sequence_length: int) -> None:
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(longest, int) and sequence_length > longest:
         raise WarmstartError(
@@ -195,7 +203,7 @@ def _check_length(config: PreTrainedConfig, sequence_length: int) -> None:
         )
 
 
-def _tokenizer(tokenizer: Any, target: Any) -> Any:
+def tokenizer_of(tokenizer: Any, target: Any) -> Any:
     """The tokenizer that was passed, or the one that lies with the target; None where there is none."""
     if tokenizer is None and not isinstance(target, (str, os.PathLike)):
         return None
