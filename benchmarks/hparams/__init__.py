@@ -10,7 +10,7 @@ trained on. 3. Two parents of the target's size are trained: one on the other te
 held-out loss goes through the fitted laws to settings for its continued training. 5. The target is trained with these
 settings, with those corrected by probes, with the settings of every built-in preset, and over a grid of factors of two, to
 which neighbours are added where its best point lies on an edge. Probes are runs of 15 % of the training from the same parent
-at rates a factor of two apart, three or as many more as bring their best inside, six at most.
+at rates a factor of two apart, three or as many more as bring their best inside, five at most.
 
 Nothing but the recommended settings depends on the laws: parents are trained, and grids are centred, where DeepSeek's laws
 would have it. So sweep, parents and grids run beside one another, and the narrow rounds of the sweep leave no process idle.

@@ -37,7 +37,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--method",
         default="auto",
-        choices=["auto", "quadratic", "near_optimal", "interpolation"],
+        choices=["auto", "quadratic", "near_optimal", "interpolation", "joint"],
         help="how a budget's optimum is found (default: %(default)s)",
     )
     parser.add_argument(

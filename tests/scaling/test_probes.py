@@ -45,7 +45,7 @@ def given():
 
 
 def test_rates_go_on_towards_the_best_until_it_has_neighbours_on_both_sides():
-    def asked(losses, most=6):
+    def asked(losses, most=5):
         return next_rates(1.0, losses, most)
 
     assert asked({}) == [0.5, 1.0, 2.0] and asked({1.0: 3.0}) == [0.5, 2.0]
@@ -62,7 +62,7 @@ def test_probes_start_from_the_checkpoint_and_feed_the_law(given, model, tmp_pat
     rows = run_probes(model, **given, output=tmp_path / "probes.jsonl")
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert [row["learning_rate"] for row in rows] == sorted(row["learning_rate"] for row in rows)
-    assert {0.5e-3, 1e-3, 2e-3} <= {row["learning_rate"] for row in rows} and len(rows) <= 6
+    assert {0.5e-3, 1e-3, 2e-3} <= {row["learning_rate"] for row in rows} and len(rows) <= 5
     for row in rows:
         assert (row["batch_tokens"], row["tokens"]) == (32, 320)
         assert row["params"] == count_parameters(model.config).non_embedding

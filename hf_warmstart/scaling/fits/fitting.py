@@ -9,7 +9,8 @@ The batch follows tokens alone in the second form: the best and the critical bat
 (arXiv 2410.21676, 2505.13738, 2503.04715). A law of compute alone holds only along one path of tokens per parameter: over
 budgets of mixed shape it explains almost nothing of the learning rate. `auto` compares the forms by what their advice costs:
 each budget in turn is left out, the laws fitted to the others predict its settings, and the *regret* is the loss there over
-its best. R2 alone would not do, since a law can explain much and miss by much.
+its best. R2 alone would not do, since a law can explain much and miss by much. Optima of a joint fit lie on its law, so that
+nothing is left to compare: the form is the one that was fitted.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def fit_forms(optima: Sequence[Optimum], form: str, seed: int = 0) -> tuple[Form
     elif not fitted:
         raise WarmstartError(" ".join(refused.values()))
     else:
-        chosen = _supported(fitted)
+        chosen = _supported(fitted, all(o.method == "joint" for o in optima))
     return chosen, fitted, _doubts(optima, chosen, fitted)
 
 
@@ -172,6 +173,8 @@ def predict(laws: Mapping[str, PowerLaw], optimum: Optimum) -> tuple[float, floa
 def _regret(optima: Sequence[Optimum], form: str) -> dict[str, float]:
     """What the laws of the other budgets cost each budget, as a share of its loss."""
     shares = []
+    if all(o.method == "joint" for o in optima):
+        return {}
     for left_out in optima:
         others = [_without_draws(o) for o in optima if o is not left_out]
         try:
@@ -194,9 +197,11 @@ def _without_draws(optimum: Optimum) -> Optimum:
     return Optimum(**{**optimum.__dict__, "draws": optimum.draws[:64]})
 
 
-def _supported(fitted: Mapping[str, FormFit]) -> FormFit:
+def _supported(fitted: Mapping[str, FormFit], jointly: bool) -> FormFit:
     """The form whose advice cost less on budgets that it had not seen; compute alone where both cost the same."""
     compute, both = fitted.get("compute"), fitted.get("params_tokens")
+    if both is not None and jointly:
+        return both
     if compute is None or both is None:
         return next(iter(fitted.values()))
     if not (compute.regret and both.regret):

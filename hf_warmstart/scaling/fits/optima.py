@@ -1,15 +1,17 @@
 """The best learning rate and batch size of each budget, from a handful of runs round it.
 
 A *budget* is one pair of parameters and tokens that several runs share. In `u = (ln learning rate, ln batch)` its optimum is
-found in one of three ways:
+found in one of four ways:
 
 | method | optimum | source |
 |---|---|---|
 | `quadratic` | minimum of `c + g.u + u.H.u / 2`, fitted near the best runs | convex on all 17 budgets of Step Law's grid |
 | `near_optimal` | mean of `u` over the runs within 0.25 % of the best loss | DeepSeek LLM, arXiv 2401.02954, section 3.1 |
 | `interpolation` | minimum of Akima splines, over rates for each batch, then over batches | Porian et al., arXiv 2406.19146 |
+| `joint` | on one law, in one fit to all budgets | ours: see `joint` |
 
-`auto` is the quadratic where it is convex and has a run to spare, else the near-optimal set.
+`auto` is the quadratic where it is convex and has a run to spare, else the near-optimal set; and `joint` where noise leaves the
+rates of most budgets unknown by more than a factor.
 
 Draws are of the noise between seeds: its size is measured by what the quadratics leave over, pooled over the budgets, and new
 losses are drawn round the fitted surface. Drawing runs with replacement instead would leave a quadratic of six numbers with
@@ -28,12 +30,14 @@ from numpy.typing import NDArray
 from scipy.interpolate import Akima1DInterpolator
 
 from ...errors import WarmstartError
+from .joint import JointFit, Runs, fit_jointly
 from .robust_fit import Array
 
 if TYPE_CHECKING:
     import pandas as pd
 
-METHODS = ("auto", "quadratic", "near_optimal", "interpolation")
+METHODS = ("auto", "quadratic", "near_optimal", "interpolation", "joint")
+UNSURE = 0.25  # standard deviation of ln learning rate, from which `auto` fits all budgets together
 NEAR_OPTIMAL = 0.0025  # of the best loss: DeepSeek LLM, arXiv 2401.02954, section 3.1
 WINDOW = 0.02  # of the best loss: runs within it shape the quadratic
 FEWEST_IN_WINDOW = 10
@@ -47,6 +51,7 @@ SAME_PARAMS, SAME_TOKENS, SAME_SETTING = (
 )  # of logarithms: how far runs of one budget, or level, may differ
 FINE = 100  # points of a spline: as Porian et al.
 FEWEST_RUNS = 3
+FEWEST_TOGETHER = 3  # budgets of a joint fit
 AXES = ("learning_rate", "batch_tokens")
 KNOWN_TO_BE_BAD = r"diverged|incomplete: its state is (?:diverged|stopped)"
 
@@ -138,7 +143,22 @@ def find_optima(
         float(np.sqrt(sum(cell.surface.squares for cell in usable if cell.surface) / spare)) if spare else SEED_NOISE
     )
     generator = np.random.default_rng(seed)
-    found = [cell.optimum(method, noise, draws, generator) for cell in usable]
+    each = "auto" if method == "joint" else method
+    found = [cell.optimum(each, noise, draws, generator) for cell in usable]
+    together = [cell for cell in usable if cell.varies_both]
+    unsure = [o.draws[:, 0].std() for o, cell in zip(found, usable, strict=True) if cell.varies_both and len(o.draws)]
+    if method == "joint" and len(together) < FEWEST_TOGETHER:
+        raise WarmstartError(
+            f"method='joint' needs {FEWEST_TOGETHER} budgets with both learning rates and batches varied, got {len(together)}."
+        )
+    if len(together) >= FEWEST_TOGETHER and (
+        method == "joint" or (method == "auto" and len(unsure) > 0 and np.median(unsure) > UNSURE)
+    ):
+        joint = fit_jointly([cell.runs for cell in together], draws, seed)
+        found = [
+            cell.on_law(u, drawn, joint) for cell, u, drawn in zip(together, joint.optima, joint.draws, strict=True)
+        ]
+        noise = joint.noise
     return sorted(found, key=lambda optimum: (optimum.compute, optimum.params)), noise
 
 
@@ -250,6 +270,36 @@ class _Cell:
             np.log(rows["tokens"] / self.tokens).abs() < SAME_TOKENS
         )
         return np.log(rows.loc[same, list(AXES)].to_numpy(dtype=float))
+
+    @property
+    def varies_both(self) -> bool:
+        """Whether there are several rates and several batches."""
+        return not self.fixed
+
+    @property
+    def runs(self) -> Runs:
+        """For a joint fit."""
+        return Runs(self.params, self.tokens, self.compute, self.u, self.losses)
+
+    def on_law(self, optimum: Array, draws: Array, joint: JointFit) -> Optimum:
+        """The budget's optimum as a joint fit has it: (3,) and (draws, 3) of ln rate, ln batch and loss."""
+        return Optimum(
+            params=self.params,
+            tokens=self.tokens,
+            compute=self.compute,
+            learning_rate=float(np.exp(optimum[0])),
+            batch_tokens=float(np.exp(optimum[1])),
+            loss=float(optimum[2]),
+            best_run=float(self.losses.min()),
+            runs=len(self.losses),
+            method="joint",
+            edges=self._bounded(optimum[:2], "quadratic")[1],
+            fixed=self.fixed,
+            curvature=joint.curvature,
+            draws=draws,
+            settings=self.u,
+            losses=self.losses,
+        )
 
     def optimum(self, method: str, noise: float, draws: int, generator: np.random.Generator) -> Optimum:
         """The budget's optimum by a method, with draws of the noise."""

@@ -88,8 +88,9 @@ class HparamPredictor(
             columns (`dict[str, str]`, *optional*): our name of a column -> the table's.
             accounting (`str`, defaults to `"6ND"`): how compute is counted; `"config"` takes the table's column.
             sequence_length (`int`, *optional*): of the runs.
-            method (`str`, defaults to `"auto"`): how a budget's optimum is found: `"quadratic"`, `"near_optimal"` or
-                `"interpolation"`.
+            method (`str`, defaults to `"auto"`): how a budget's optimum is found: `"quadratic"`, `"near_optimal"`,
+                `"interpolation"`, or `"joint"`: all in one fit, with published exponents as a weak prior, which `"auto"` takes
+                where noise leaves most of them unknown.
             draws (`int`, defaults to 1000): of the bootstrap that intervals come from. seed (`int`, defaults to 0): of it.
             recipe (`dict`, *optional*): what the runs were trained with besides: fields of `Recipe`, such as
                 `{"weight_decay": 0.1, "schedule": "cosine"}`.
@@ -114,6 +115,11 @@ class HparamPredictor(
         optima, noise = find_optima(table.frame, set_aside=table.set_aside, method=method, draws=draws, seed=seed)
         chosen, forms, doubts = fit_forms(optima, form, seed)
         warnings = [*table.warnings, *doubts]
+        if method == "auto" and optima[0].method == "joint":
+            warnings.append(
+                f"Losses scatter by {noise:.2g} nats, so that single budgets do not tell their best settings: all were fitted "
+                "together, with published exponents as a weak prior."
+            )
         losses: dict[str, LossLaw | None] = {}
         for own in ("compute", "params_tokens"):
             try:
@@ -341,7 +347,8 @@ def summary(laws: FittedLaws) -> str:
     for name in ("learning_rate", "batch_tokens"):
         law = getattr(laws, name)
         fit = (laws.forms.get(laws.form) or {}).get(name, {})
-        quality = f"   R2 {fit['r_squared']:.3f}" if fit else ""
+        together = bool(laws.optima) and all(o["method"] == "joint" for o in laws.optima)  # they lie on the law
+        quality = f"   R2 {fit['r_squared']:.3f}" if fit and not together else ""
         lines.append(f"  {name:<14} {formula(law)}{quality}")
     for law in (laws.loss, laws.loss_params_tokens):
         if law is not None:

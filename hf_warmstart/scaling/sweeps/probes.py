@@ -28,7 +28,7 @@ from .text import check_texts, read_blocks
 from .training import Reference, train
 
 STEP = 2.0
-MOST = 6  # probes of one checkpoint
+MOST = 5  # probes of one checkpoint
 
 Row = dict[str, Any]
 
