@@ -75,7 +75,7 @@ def test_probes_start_from_the_checkpoint_and_feed_the_law(given, model, tmp_pat
     assert still[0]["loss"] == pytest.approx(held_out_loss(model, blocks, SweepConfig()), abs=1e-5)
     # The file is a table that `recommend` takes.
     law = HparamPredictor.fit(Planted().runs(), draws=20)
-    run = {"params": rows[0]["params"], "tokens": 1e4, "sequence_length": LENGTH, "eval_loss": 4.0}
+    run = {"params": rows[0]["params"], "tokens": 1e4, "sequence_length": LENGTH}
     by_file = law.recommend(**run, probes=tmp_path / "probes.jsonl")
     assert by_file.learning_rate == law.recommend(**run, probes=rows).learning_rate
     assert f"by {len(rows)} probes" in by_file.sources["learning_rate"]
@@ -109,7 +109,7 @@ def test_a_probe_that_diverges_is_none_and_closes_its_side(given, model, tmp_pat
     assert rows[-1]["loss"] is None and rows[-1]["learning_rate"] == 2e-3
     assert json.loads((tmp_path / "probes.jsonl").read_text().splitlines()[2])["loss"] is None
     law = HparamPredictor.fit(Planted().runs(), draws=20)
-    run = {"params": rows[0]["params"], "tokens": 1e4, "sequence_length": LENGTH, "eval_loss": 4.0}
+    run = {"params": rows[0]["params"], "tokens": 1e4, "sequence_length": LENGTH}
     for table in (rows, tmp_path / "probes.jsonl"):
         assert not any("best probe" in words for words in law.recommend(**run, probes=table).warnings)
 

@@ -75,20 +75,23 @@ def test_a_probe_counts_where_it_says_more_than_the_loss_before(predictor):
     assert useless.equivalent_compute == pytest.approx(5e18, rel=1e-3)
 
 
+WORTH = 4e16  # of a checkpoint that is new to the text
+
+
 @pytest.mark.parametrize("off", [0.3, 1.0, 2.5])
 @pytest.mark.parametrize("batch", [1.0, 3.0])
 def test_probes_at_several_rates_correct_the_law_by_what_this_model_prefers(predictor, off, batch):
     """A model whose best rates are `off` times the law's: at few tokens it shows, and the rate of the run follows."""
-    own = LAWS.learning_rate(5e18 + 6 * 1e8 * 1e8) * off
-    batch *= LAWS.batch_tokens(5e18 + 6 * 1e8 * 1e8)
-    at_batch = own * (batch / LAWS.batch_tokens(5e18 + 6 * 1e8 * 1e8)) ** 0.4
+    own = LAWS.learning_rate(WORTH + 6 * 1e8 * 1e8) * off
+    batch *= LAWS.batch_tokens(WORTH + 6 * 1e8 * 1e8)
+    at_batch = own * (batch / LAWS.batch_tokens(WORTH + 6 * 1e8 * 1e8)) ** 0.4
     rates = 3e-3 * 2.0 ** np.arange(-6, 4)
 
     def loss(rate: float) -> float:
-        return 3.2 + 0.015 * math.log(rate / at_batch) ** 2
+        return 3.6 + 0.015 * math.log(rate / at_batch) ** 2
 
-    law = predictor.recommend(**RUN, eval_loss=LAWS.loss(5e18))
-    found = predictor.recommend(**RUN, eval_loss=LAWS.loss(5e18), probes=probes(rates, batch, loss=loss))
+    law = predictor.recommend(**RUN, eval_loss=LAWS.loss(WORTH))
+    found = predictor.recommend(**RUN, eval_loss=LAWS.loss(WORTH), probes=probes(rates, batch, loss=loss))
     assert found.learning_rate == pytest.approx(off * law.learning_rate, rel=0.01)
     assert found.batch_tokens == law.batch_tokens and not said(found, "best probe")
     low, high = found.intervals["learning_rate"]
@@ -99,15 +102,19 @@ def test_probes_at_several_rates_correct_the_law_by_what_this_model_prefers(pred
     )
     # Cut off below the best: the end is said, and nothing is taken beyond it.
     few = [row for row in probes(rates, batch, loss=loss) if row["learning_rate"] < at_batch / 1.5]
-    cut = predictor.recommend(**RUN, eval_loss=LAWS.loss(5e18), probes=few)
+    cut = predictor.recommend(**RUN, eval_loss=LAWS.loss(WORTH), probes=few)
     assert said(cut, "the highest learning rate of all") and cut.learning_rate < found.learning_rate
+    # From a checkpoint that is worth more of the text than the probes saw, nothing is taken.
+    known = predictor.recommend(**RUN, eval_loss=LAWS.loss(5e18), probes=probes(rates, batch, loss=loss))
+    assert known.learning_rate == predictor.recommend(**RUN, eval_loss=LAWS.loss(5e18)).learning_rate
+    assert said(known, "so short a run from it prefers lower rates than a long one")
     # A run that diverged above the best closes that end.
     lost = {**few[-1], "learning_rate": 2 * few[-1]["learning_rate"], "loss": math.nan}
-    assert not said(predictor.recommend(**RUN, eval_loss=LAWS.loss(5e18), probes=[*few, lost]), "best probe")
+    assert not said(predictor.recommend(**RUN, eval_loss=LAWS.loss(WORTH), probes=[*few, lost]), "best probe")
 
 
 def test_probes_correct_published_laws_too(predictor):
-    run = {**RUN, "tokens_seen": 2e9}
+    run = {**RUN, "tokens_seen": 1e8}
     plain = HparamPredictor.from_pretrained("deepseek").recommend(**run)
     rates = plain.learning_rate * 2.0 ** np.arange(-1, 4)
     found = HparamPredictor.from_pretrained("deepseek").recommend(

@@ -221,9 +221,9 @@ class HparamPredictor(
                 - `probes`: short runs from the checkpoint on the new text, each decayed at its end: a table like `fit`'s, with
                   `learning_rate`, `batch_tokens`, `tokens` and `loss`. What the law says of the best, less its tokens,
                   counts where it is more than `eval_loss` says: a checkpoint of other text starts high and falls within a
-                  few steps. Three or more at rates a factor of two apart, else alike, correct the law's learning rate: it
-                  is asked for the step from their tokens to the run's alone, no longer for that from small models to
-                  this one.
+                  few steps. Three or more at rates a factor of two apart, else alike, from a checkpoint that is worth no
+                  more of the text than they saw, correct the law's learning rate: it is asked for the step from their
+                  tokens to the run's alone, no longer for that from small models to this one.
                 - `tokens_seen` (`float`): by the checkpoint. `annealed` (`bool`): whether its rate was decayed.
                 - `world_size` (`int`, 1): devices. `per_device_train_batch_size` (`int`, 8): sequences that fit on one. The
                   batch is rounded to what these divide, and the learning rate moved along the ridge.

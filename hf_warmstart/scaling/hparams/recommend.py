@@ -116,11 +116,12 @@ def recommend(
     follows = "batch_sequences" not in laws.learning_rate.exponents
     correction = ""
     if probed is not None:
+        warnings += probed.doubts(equivalent / per_token)
+    if probed is not None and probed.tell_the_rate(equivalent / per_token):
         factor, factors = _correction(laws, probed, at, equivalent, drawn - planned, per_token, sequence_length, seed)
         best_rate *= factor
         rates = None if rates is None else rates * factors
         correction = f"the law's times {factor:.3g}, by {len(probed.rates)} probes of {probed.tokens:,.0f} tokens"
-        warnings += probed.doubts
 
     wanted = batch_tokens or best_batch
     per_device, accumulation = _divided(wanted / sequence_length / world_size, per_device_train_batch_size)
@@ -353,8 +354,6 @@ def _correction(
     Args:
         at: the run's point. equivalent, draws: compute that the checkpoint is worth. per_token: FLOPs. length: of a sequence.
     """
-    if not probed.tell_the_rate:
-        return 1.0, np.ones(1)
     spent = per_token * probed.tokens
     then = at | {"compute": equivalent + spent, "tokens": equivalent / per_token + probed.tokens}
     then["batch_sequences"] = probed.batch_tokens / length
