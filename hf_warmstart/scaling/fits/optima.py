@@ -283,19 +283,25 @@ class _Cell:
 
     def on_law(self, optimum: Array, draws: Array, joint: JointFit) -> Optimum:
         """The budget's optimum as a joint fit has it: (3,) and (draws, 3) of ln rate, ln batch and loss."""
+        edges = self._bounded(optimum[:2], "quadratic")[1]
+        return self._made("joint", optimum[:2], float(optimum[2]), draws, edges, joint.curvature)
+
+    def _made(
+        self, method: str, u: Array, loss: float, draws: Array, edges: tuple[str, ...], curvature: Array | None
+    ) -> Optimum:
         return Optimum(
             params=self.params,
             tokens=self.tokens,
             compute=self.compute,
-            learning_rate=float(np.exp(optimum[0])),
-            batch_tokens=float(np.exp(optimum[1])),
-            loss=float(optimum[2]),
+            learning_rate=float(np.exp(u[0])),
+            batch_tokens=float(np.exp(u[1])),
+            loss=loss,
             best_run=float(self.losses.min()),
             runs=len(self.losses),
-            method="joint",
-            edges=self._bounded(optimum[:2], "quadratic")[1],
+            method=method,
+            edges=edges,
             fixed=self.fixed,
-            curvature=joint.curvature,
+            curvature=curvature,
             draws=draws,
             settings=self.u,
             losses=self.losses,
@@ -324,23 +330,8 @@ class _Cell:
         low, high = self._box()
         samples = found[1:].copy()
         samples[:, :2] = samples[:, :2].clip(low, high)
-        return Optimum(
-            params=self.params,
-            tokens=self.tokens,
-            compute=self.compute,
-            learning_rate=float(np.exp(u[0])),
-            batch_tokens=float(np.exp(u[1])),
-            loss=float(found[0, 2]),
-            best_run=float(self.losses.min()),
-            runs=len(self.losses),
-            method=method,
-            edges=edges,
-            fixed=self.fixed,
-            curvature=curvature if method == "quadratic" else None,
-            draws=samples,
-            settings=self.u,
-            losses=self.losses,
-        )
+        kept = curvature if method == "quadratic" else None
+        return self._made(method, u, float(found[0, 2]), samples, edges, kept)
 
     def _by_quadratic(self, surface: _Surface, table: Array) -> Array:
         coefficients = table[:, surface.near] @ surface.inverse.T
