@@ -97,6 +97,17 @@ def test_the_first_copies_alone_keep_their_moments_under_asymmetric_reset():
     torch.testing.assert_close(kept, state[name]["exp_avg"].flatten().abs().sort().values)
 
 
+def test_of_new_layers_all_is_new_under_asymmetric_reset():
+    parent = adapted()
+    plan, child = plan_growth(parent, width=2, depth=2), grow(parent, width=2, depth=2)
+    state = {"state": first_state(parent)}
+    grown = grow_optimizer_state(state, AdaptedPlan(plan, child), state_policy="asymmetric_reset")["state"]
+    for name, entry in grown.items():
+        in_new_layer = int(name.split(".layers.")[1].split(".")[0]) % 2 == 1
+        assert bool(entry["new"].all()) is in_new_layer, name
+        assert bool(entry["exp_avg"].any()) is not in_new_layer, name
+
+
 def test_a_state_of_other_adapters_is_refused_by_name():
     parent = adapted()
     other = adapted(config=LoraConfig(r=2, target_modules=["q_proj"]))

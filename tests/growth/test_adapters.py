@@ -9,8 +9,11 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 
-from hf_warmstart import GrowthRecord, WarmstartError, certify, grow, grow_checkpoint, plan_growth
+from hf_warmstart import GrowthConfig, GrowthRecord, WarmstartError, certify, grow, grow_checkpoint, plan_growth
+from hf_warmstart.growth.layouts.probe import probe_config
+from hf_warmstart.growth.plan import make_plan
 from hf_warmstart.growth.precision import true_float64
+from hf_warmstart.growth.zoo import source_of
 
 from ..models import some_tokens, tiny_model
 
@@ -72,6 +75,7 @@ def difference(parent, child) -> float:
             "phi3", ["qkv_proj", "gate_up_proj", "o_proj", "down_proj"], {"width": 1.5}, marks=pytest.mark.slow
         ),
         ("llama", ALL, {"num_key_value_heads": 4}),
+        ("llama", ALL, {"head_dim": 32}),
     ],
     ids=str,
 )
@@ -86,6 +90,25 @@ def test_parent_and_child_compute_one_function_with_and_without_adapters(family,
         assert not torch.allclose(without, logits(child))  # the adapters do something
         with child.disable_adapter():
             assert difference(parent, child) < 1e-10
+
+
+def test_a_factor_that_a_layer_takes_back_goes_into_one_of_an_adapters_two():
+    """Gemma 4 scales this projection by the width, so that its weight grows with a factor: B takes it, A must not too."""
+    name = "model.per_layer_model_projection"
+    model_class, config = source_of("causal-lm", "gemma4_text")
+    config = probe_config(config)
+    config.vocab_size = config.vocab_size_per_layer_input = 97
+    config.dtype = torch.float64
+    plan = make_plan(model_class, config, GrowthConfig(width=2))
+    assert plan.tensor(f"{name}.weight").factor == pytest.approx(2**0.5)
+    with true_float64():
+        torch.manual_seed(0)
+        base = model_class(config).double()
+        parent = filled(get_peft_model(base, LoraConfig(r=3, target_modules=[name]), autocast_adapter_dtype=False))
+    child = grown(parent, width=2)
+    with parent.disable_adapter():
+        without = logits(parent)
+    assert not torch.allclose(without, logits(parent)) and difference(parent, child) < 1e-10
 
 
 def test_the_base_grows_to_the_bits_that_it_would_have_alone_and_the_parent_stays():
