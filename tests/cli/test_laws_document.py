@@ -17,7 +17,8 @@ def test_the_documents_python_and_commands_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Planted(noise=0.005).runs().to_csv("runs.csv", index=False)
     text = DOCUMENT.read_text()
-    code, _ = re.findall(r"```python\n(.*?)```", text, flags=re.S)  # the second trains probes: tests/scaling/test_probes.py
+    # The second trains probes: tests/scaling/test_probes.py does.
+    code, _ = re.findall(r"```python\n(.*?)```", text, flags=re.S)
     (commands,) = re.findall(r"```bash\n(.*?)```", text, flags=re.S)
     exec(code, names := {})  # noqa: S102
     assert names["args"].learning_rate == names["found"].learning_rate and Path("law.png").is_file()
