@@ -1,5 +1,10 @@
 // What is asked of a page: contrast of its texts as they are drawn, and what the keyboard reaches. WCAG 2.2: 1.4.3, 2.1.1, 2.4.7.
 var probe = (() => {
+  // Nothing is on its way when it is looked at.
+  const still = document.createElement("style");
+  still.textContent = "*, ::before, ::after { transition: none !important; animation: none !important }";
+  document.head.append(still);
+
   const CONTROLS = "a[href], button, input, select, textarea, summary, label[for], [tabindex]";
   const canvas = document.createElement("canvas");
   canvas.width = canvas.height = 1;

@@ -74,6 +74,8 @@ class Browser:
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
+        # What a page notes, such as the scheme that it was seen in, is not to be known to the next.
+        self.call("Page.addScriptToEvaluateOnNewDocument", source="try { localStorage.clear() } catch {}")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """The result of a command."""
@@ -117,16 +119,23 @@ class Browser:
         still = {"name": "prefers-reduced-motion", "value": "reduce"}
         self.call("Emulation.setEmulatedMedia", features=[scheme, still])
         self.call("Page.navigate", url="about:blank")
-        if address.startswith("http"):  # a scheme that the theme noted before
-            self.call("Storage.clearDataForOrigin", origin=address, storageTypes="local_storage")
         self._events.clear()
         self.call("Page.navigate", url=address)
-        end = time.monotonic() + SECONDS
-        while self.evaluate("document.readyState") != "complete" or self.evaluate("location.href") == "about:blank":
-            if time.monotonic() > end:
-                raise TimeoutError(f"{address} did not load.")
+        self.until("document.readyState === 'complete' && location.href !== 'about:blank'", SECONDS)
         self.evaluate(PROBE.read_text())
         self.evaluate("probe.settled()")
+
+    def until(self, expression: str, seconds: float = 60.0) -> None:
+        """Wait until an expression holds on the page.
+
+        Raises:
+            TimeoutError: it did not within so many seconds.
+        """
+        end = time.monotonic() + seconds
+        while not self.evaluate(expression):
+            if time.monotonic() > end:
+                raise TimeoutError(f"Not so after {seconds:g} s: {expression}")
+            time.sleep(0.02)
 
     def look(self, keyboard: bool = True) -> Found:
         """What the page that is open shows; with `keyboard`, Tab is pressed until it comes round."""
