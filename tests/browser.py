@@ -70,6 +70,7 @@ class Browser:
         self._process, self._write, self._read = process, write, read
         self._buffer, self._number, self._session = b"", 0, ""
         self._events: list[dict[str, Any]] = []
+        self._dark: bool | None = None
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
@@ -118,10 +119,13 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         still = {"name": "prefers-reduced-motion", "value": "reduce"}
         self.call("Emulation.setEmulatedMedia", features=[scheme, still])
-        self.call("Page.navigate", url="about:blank")
-        self._events.clear()
-        self.call("Page.navigate", url=address)
-        self.until("document.readyState === 'complete' && location.href !== 'about:blank'", SECONDS)
+        # The first page of another scheme may run its scripts before it is told of the scheme: it is loaded twice.
+        for _ in range(1 if dark == self._dark else 2):
+            self.call("Page.navigate", url="about:blank")
+            self._events.clear()
+            self.call("Page.navigate", url=address)
+            self.until("document.readyState === 'complete' && location.href !== 'about:blank'", SECONDS)
+        self._dark = dark
         self.evaluate(PROBE.read_text())
         self.evaluate("probe.settled()")
 
