@@ -98,10 +98,15 @@ def described(repo_id: str, subfolder: str) -> str:
     return f"{subfolder!r} of {repo_id!r}" if subfolder else repr(repo_id)
 
 
+def folders_with(there: Iterable[str], *names: str) -> list[str]:
+    """The folders of a repository in which a file of one of these names lies, sorted; its top is empty."""
+    parts = (path.rpartition("/") for path in there)
+    return sorted({folder for folder, _, name in parts if name in names})
+
+
 def no_safetensors(repo_id: str, subfolder: str, there: Iterable[str]) -> str:
     """Why nothing can be grown, and where something could be: `there` are all files of the repository."""
-    names = (SINGLE_NAME, INDEX_NAME)
-    found = sorted({path.rpartition("/")[0] for path in there if path.rpartition("/")[2] in names} - {""})
+    found = [folder for folder in folders_with(there, SINGLE_NAME, INDEX_NAME) if folder]
     advice = (
         f"It has some in {found}: pass one as the subfolder."
         if found
@@ -147,7 +152,7 @@ def training_state_folder(source: str | os.PathLike, revision: str | None = None
         raise
     except WarmstartError as error:
         raise StateError(str(error)) from redacted(error)
-    found = sorted({path.rpartition("/")[0] for path in there if path.rpartition("/")[2] == TRAINER_STATE_NAME})
+    found = folders_with(there, TRAINER_STATE_NAME)
     advice = f" It has some in {found}: pass one as the subfolder." if found else ""
     raise StateError(f"{described(source, subfolder)} holds no training state ({TRAINER_STATE_NAME}).{advice}")
 

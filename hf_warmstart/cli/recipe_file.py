@@ -179,6 +179,8 @@ def read_recipe(path: str | Path) -> RunRecipe:
     Raises:
         WarmstartError: it cannot run as it stands; everything that was found is named.
     """
+    from ..checkpoints.fetch import checked_subfolder
+
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -203,7 +205,7 @@ def read_recipe(path: str | Path) -> RunRecipe:
         text,
         steps[""]["parent"],
         steps[""].get("revision"),
-        steps[""].get("subfolder", ""),
+        checked_subfolder(steps[""].get("subfolder", "")),
         *made,
         steps["grow"],
         *(steps.get(name) for name in ("recommend", "train", "push")),

@@ -42,7 +42,7 @@ def parent_files(parent: str, revision: str | None = None, subfolder: str = "") 
     from huggingface_hub import HfApi, snapshot_download
     from transformers.utils import CONFIG_NAME
 
-    from ..checkpoints.fetch import checked_subfolder, described, hub_faults, local_folder
+    from ..checkpoints.fetch import checked_subfolder, described, folders_with, hub_faults, local_folder
     from ..checkpoints.state.trainer_files import TRAINER_STATE_NAME
 
     if Path(parent).is_dir():
@@ -54,8 +54,8 @@ def parent_files(parent: str, revision: str | None = None, subfolder: str = "") 
         if (folder / CONFIG_NAME).is_file():
             return folder
         there = HfApi().list_repo_files(parent, revision=revision)
-    found = sorted({path.rpartition("/")[0] for path in there if path.rpartition("/")[2] == CONFIG_NAME} - {subfolder})
-    advice = f" Models lie in {found}: pass one as the subfolder." if any(found) else ""
+    found = [folder for folder in folders_with(there, CONFIG_NAME) if folder]
+    advice = f" Models lie in {found}: pass one as the subfolder." if found else ""
     raise WarmstartError(f"{described(parent, subfolder)} holds no {CONFIG_NAME}.{advice}")
 
 
@@ -84,7 +84,7 @@ def grown_before(recipe: RunRecipe) -> GrowthRecord | None:
     is_folder = Path(recipe.parent).is_dir()
     if record.parent not in {recipe.parent, *([recipe.parent_files.name] if is_folder else [])}:
         differing.append("parent")
-    if not is_folder and record.subfolder != recipe.subfolder.strip("/"):
+    if not is_folder and record.subfolder != recipe.subfolder:
         differing.append("subfolder")
     if differing:
         raise CheckpointError(

@@ -147,7 +147,9 @@ def test_a_parent_in_a_folder_of_a_hub_repository_brings_its_training_state(worl
     (world / PARENT / "trainer_state.json").write_text(json.dumps(state))
     hub.add("my-org/base", {f"checkpoint-500/{name}": content for name, content in bytes_of(world / PARENT).items()})
     said = {}
-    for name, parent in (("folder", {}), ("hub", {"parent": "my-org/base", "subfolder": "checkpoint-500"})):
+    parents = {"hub": {"parent": "my-org/base", "subfolder": "checkpoint-500"}}
+    parents = {"folder": {}, "below": {"parent": "runs/base", "subfolder": "checkpoint-500//"}, **parents}
+    for name, parent in parents.items():
         places = {"grow": {"output": f"runs/{name}"}, "train": {"output_dir": f"runs/{name}-on"}, "push": None}
         file = write(**parent, **places, recommend={"tokens_seen": None})
         assert read_recipe(file).parent_files.name == "checkpoint-500"
@@ -155,9 +157,9 @@ def test_a_parent_in_a_folder_of_a_hub_repository_brings_its_training_state(worl
         done = {event["step"]: event for event in events(capsys.readouterr().out) if event["event"] == "step"}
         said[name] = done["train"]["metrics"]["eval_loss"], done["recommend"]["recommendation"]
         record = GrowthRecord.all_of(AutoModelForCausalLM.from_pretrained(f"runs/{name}").config)[-1]
-        assert record.subfolder == ("" if name == "folder" else "checkpoint-500")
+        assert record.subfolder == ("checkpoint-500" if name == "hub" else "")
         assert main(["run", file]) == 0 and "grow (was there)" in capsys.readouterr().out
-    assert said["hub"] == said["folder"]
+    assert said["hub"] == said["folder"] == said["below"]
     seen = count_parameters(AutoConfig.from_pretrained(PARENT)).non_embedding, 2_000_000
     assert said["hub"][1]["equivalent_compute"] == 6 * seen[0] * seen[1]
     # Without the optimizer there is none to carry, and the losses are others.
