@@ -109,8 +109,19 @@ def test_along_one_path_it_is_a_law_of_compute():
 
 
 def test_what_cannot_be_fitted_together_is_said():
-    with pytest.raises(WarmstartError, match="'joint' needs 3 budgets with both .* got 2"):
+    with pytest.raises(WarmstartError, match="'joint' needs 3 budgets or more.* got 2 such of 2"):
         find_optima(read_runs(runs(0.01, 0, budgets=BUDGETS[:2])).frame, method="joint")
     one_batch = runs(0.01, 0).groupby(["params", "tokens", "learning_rate"], as_index=False).first()
-    with pytest.raises(WarmstartError, match="got 0"):
+    with pytest.raises(WarmstartError, match="got 0 such of 6"):
         find_optima(read_runs(one_batch.assign(batch_tokens=64.0)).frame, method="joint")
+
+
+def test_no_budget_is_left_out_of_a_joint_fit():
+    """One budget with a single batch: auto keeps to single optima, and asked for, the joint fit is refused."""
+    frame = runs(NOISE, 0)
+    first = (frame.params == BUDGETS[0][0]) & (frame.tokens == BUDGETS[0][1])
+    kept = frame[~first | (frame.batch_tokens == frame[first].batch_tokens.median())]
+    optima, _ = find_optima(read_runs(kept).frame, draws=50)
+    assert len(optima) == len(BUDGETS) and not any(o.method == "joint" for o in optima)
+    with pytest.raises(WarmstartError, match="got 5 such of 6"):
+        find_optima(read_runs(kept).frame, method="joint", draws=50)

@@ -145,15 +145,15 @@ def find_optima(
     generator = np.random.default_rng(seed)
     each = "auto" if method == "joint" else method
     found = [cell.optimum(each, noise, draws, generator) for cell in usable]
-    together = [cell for cell in usable if cell.varies_both]
-    unsure = [o.draws[:, 0].std() for o, cell in zip(found, usable, strict=True) if cell.varies_both and len(o.draws)]
-    if method == "joint" and len(together) < FEWEST_TOGETHER:
+    together = [cell for cell in usable if not cell.fixed]
+    can_be_joint = len(together) == len(usable) >= FEWEST_TOGETHER  # none is left out
+    if method == "joint" and not can_be_joint:
         raise WarmstartError(
-            f"method='joint' needs {FEWEST_TOGETHER} budgets with both learning rates and batches varied, got {len(together)}."
+            f"method='joint' needs {FEWEST_TOGETHER} budgets or more, and both learning rates and batches varied in each; got "
+            f"{len(together)} such of {len(usable)}."
         )
-    if len(together) >= FEWEST_TOGETHER and (
-        method == "joint" or (method == "auto" and len(unsure) > 0 and np.median(unsure) > UNSURE)
-    ):
+    is_unsure = draws > 0 and np.median([o.draws[:, 0].std() for o in found]) > UNSURE
+    if method == "joint" or (method == "auto" and can_be_joint and is_unsure):
         joint = fit_jointly([cell.runs for cell in together], draws, seed)
         found = [
             cell.on_law(u, drawn, joint) for cell, u, drawn in zip(together, joint.optima, joint.draws, strict=True)
@@ -270,11 +270,6 @@ class _Cell:
             np.log(rows["tokens"] / self.tokens).abs() < SAME_TOKENS
         )
         return np.log(rows.loc[same, list(AXES)].to_numpy(dtype=float))
-
-    @property
-    def varies_both(self) -> bool:
-        """Whether there are several rates and several batches."""
-        return not self.fixed
 
     @property
     def runs(self) -> Runs:
