@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from .text import STUDY
 RUNS, ISOFLOPS, LADDERS = "growth-study-{}-runs.csv", "growth-study-{}-isoflops.png", "growth-study-{}-tokens.png"
 DRAWS = 400
 SPEEDUP = "{:.2f}"
+LEAST_TOKENS_PER_PARAMETER = 1.0  # below which `advise_growth` refuses
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,21 @@ class Report:
             WarmstartError: nothing is.
         """
         runs = runs_of(study)
-        cells = cells_of(study, runs)
-        target = next(iter(study.setting.targets))
-        laws: GrowthLaws | str = "not asked for"
+        made = cls(study, name, runs, cells_of(study, runs), [], "not asked for", [])
+        if not made.is_judged:
+            return made
         try:
-            if study.setting.checks:
-                laws = GrowthLaws.fit(runs, draws=DRAWS, source="the study")
+            laws: GrowthLaws | str = GrowthLaws.fit(runs, draws=DRAWS, source="the study")
         except WarmstartError as fault:
             laws = str(fault)
-        judged = claims(cells, target, study.setting.rungs)
-        return cls(study, name, runs, cells, judged, laws, check_advice(runs, study.setting.checks))
+        judged = claims(made.cells, made.target, study.setting.rungs)
+        return replace(made, claims=judged, laws=laws, choices=check_advice(runs, study.setting.checks))
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether claims, laws and advice are in it: with checks, unless too little text left less than laws are about."""
+        setting, scale = self.study.setting, self.study.scale(self.target)
+        return bool(setting.checks) and (scale == 1 or scale * setting.rungs[0] >= LEAST_TOKENS_PER_PARAMETER)
 
     @property
     def target(self) -> str:
@@ -77,11 +83,12 @@ class Report:
             plot_isoflops(
                 self.runs,
                 self.cells,
-                self._drawn(),
+                {name: self._drawn().get(name) for name in self.study.setting.checks},
                 list(self.study.setting.targets),
                 folder / ISOFLOPS.format(self.name),
             )
-            plot_ladders(self.runs, self.cells, self.target, folder / LADDERS.format(self.name))
+            scale = self.study.scale(self.target)
+            plot_ladders(self.runs, self.cells, self.target, scale, folder / LADDERS.format(self.name))
         return self.text()
 
     def _drawn(self) -> dict[str, GainLaw]:
@@ -92,9 +99,14 @@ class Report:
 
     def text(self) -> str:
         """All of it."""
-        whole = bool(self.study.setting.checks)
+        drawn = bool(self.study.setting.checks)
         parts = [_facts(self.study, self.runs)]
-        if whole:
+        if drawn and not self.is_judged:
+            parts.append(
+                f"So little is below {LEAST_TOKENS_PER_PARAMETER:g} token per parameter, which neither the paper's claims nor "
+                "the laws are about: none is judged or fitted."
+            )
+        if self.is_judged:
             rows = [[c.paper, c.found, f"**{c.verdict}**"] for c in self.claims]
             parts += ["### The paper's claims", _table(["the paper", "here", "verdict"], rows)]
         parts += [
@@ -105,13 +117,13 @@ class Report:
             "### Loss against scratch by budget, %",
             self._budgets(),
         ]
-        if whole:
+        if drawn:
             parts += [
                 f"![loss over growth factor]({ISOFLOPS.format(self.name)})",
                 f"![loss over tokens]({LADDERS.format(self.name)})",
             ]
         parts += ["### Scratch, and rates", _scratch(self.study, self.runs), self._trials()]
-        if whole:
+        if self.is_judged:
             parts += [
                 "### The laws, fitted to these runs",
                 self._laws(),
@@ -126,6 +138,15 @@ class Report:
         rungs = self.study.setting.rungs
         return BUDGET if BUDGET in rungs else rungs[min(1, len(rungs) - 1)]
 
+    @property
+    def _budget_words(self) -> str:
+        """That budget, and what it holds where budgets are smaller than they are named."""
+        held = {target: self.study.scale(target) * self.budget for target in self.study.setting.targets}
+        if all(tokens == self.budget for tokens in held.values()):
+            return f"{self.budget:g} tokens per parameter"
+        words = ", ".join(f"{tokens:.2g} of {target}" for target, tokens in held.items())
+        return f"the budget named {self.budget:g} (tokens per parameter: {words})"
+
     def _winners(self) -> str:
         lines = []
         own = [cell for cell in self.cells if cell.target == self.target]
@@ -135,7 +156,7 @@ class Report:
                 continue
             arm = next(a for a in self.study.setting.arms if _is(self.study, a, most))
             lines.append(
-                f"- Near {near}x, at {self.budget:g} tokens per parameter: **{most.method}** from {most.base} (g = "
+                f"- Near {near}x, at {self._budget_words}: **{most.method}** from {most.base} (g = "
                 f"{most.growth_factor:.2f}), state `{arm.state}` ({STATE_WORDS[arm.state]}), "
                 f"{most.rate_factor:g} times the tuned rate: {_said(most.speedup, SPEEDUP)} times fewer tokens than "
                 f"scratch; in FLOPs with the base's own {_said(most.speedup_with_base, SPEEDUP)}."
@@ -181,7 +202,7 @@ class Report:
                 _said(cell.at_equal_flops, "{:+.3f}"), _said(cell.against_control, "{:+.3f}"), str(len(cell.losses)),
             ])  # fmt: skip
         words = (
-            f"At {self.budget:g} tokens per parameter since the growth. *Rate*: the factor on the tuned rate that the arm's "
+            f"At {self._budget_words} since the growth. *Rate*: the factor on the tuned rate that the arm's "
             "trials chose. *Speed-up*: tokens that scratch needs for the arm's loss over the arm's own. *Equal total FLOPs*: "
             "loss less that of scratch with the FLOPs of base and arm together; *the base trained on*: less that of the base "
             "itself, continued for the arm's FLOPs. Below 0 growing is better. 95 % intervals over seeds, paired by seed."

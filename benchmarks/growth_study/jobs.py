@@ -1,7 +1,7 @@
 """The runs of a study, in the order in which they are worth most, each with what it needs.
 
-A study that is cut short at any time has whole comparisons: seed by seed, the first target and its first arms first. What a run
-needs (its base, the trials of its rate) comes right before it.
+A study that is cut short at any time has whole comparisons: seed by seed, the first target and its first arms first, or target
+by target where the setting says so. What a run needs (its base, the trials of its rate) comes right before it.
 """
 
 from __future__ import annotations
@@ -60,11 +60,14 @@ class Job:
 
 def jobs_of(setting: Setting, seeds: tuple[int, ...] | None = None) -> list[Job]:
     """All runs of a study, in order; no run before what it needs."""
+    pairs = [(seed, target) for seed in seeds or setting.seeds for target in setting.targets]
+    if setting.target_by_target:
+        targets = list(setting.targets)
+        pairs.sort(key=lambda pair: targets.index(pair[1]))  # stable: seeds stay in order
     ordered: dict[str, Job] = {}
-    for seed in seeds or setting.seeds:
-        for target in setting.targets:
-            for job in _of_target(setting, target, seed):
-                ordered.setdefault(job.name, job)
+    for seed, target in pairs:
+        for job in _of_target(setting, target, seed):
+            ordered.setdefault(job.name, job)
     return list(ordered.values())
 
 

@@ -25,12 +25,12 @@ def best_scratch(runs: pd.DataFrame, target: str) -> pd.DataFrame:
 
 
 def plot_isoflops(
-    runs: pd.DataFrame, cells: Sequence[Cell], laws: Mapping[str, GainLaw], targets: Sequence[str], path: Path
+    runs: pd.DataFrame, cells: Sequence[Cell], laws: Mapping[str, GainLaw | None], targets: Sequence[str], path: Path
 ) -> None:
     """Loss over growth factor, a line for each budget of a target: its FLOPs are the same at every g, the base's left out.
 
     Args:
-        runs, cells: of the study. laws: of the methods that are drawn. path: of the picture.
+        runs, cells: of the study. laws: of the methods that are drawn; of one without, only points are. path: of the picture.
     """
     from matplotlib.figure import Figure
 
@@ -49,7 +49,7 @@ def plot_isoflops(
     figure.savefig(path, dpi=120)
 
 
-def _isoflops(axis: Any, runs: pd.DataFrame, cells: Sequence[Cell], law: GainLaw, target: str) -> None:
+def _isoflops(axis: Any, runs: pd.DataFrame, cells: Sequence[Cell], law: GainLaw | None, target: str) -> None:
     scratch = best_scratch(runs, target)
     for colour, rung in zip(COLOURS, sorted({cell.rung for cell in cells}), strict=False):
         own = sorted((c for c in cells if c.rung == rung and c.ratios), key=lambda c: c.growth_factor)
@@ -57,7 +57,8 @@ def _isoflops(axis: Any, runs: pd.DataFrame, cells: Sequence[Cell], law: GainLaw
             continue
         level = float(scratch[rung].mean())
         curve = np.geomspace(1, own[-1].growth_factor * 1.1, 50)
-        axis.plot(curve, [level * math.exp(law.log_ratio(g, own[0].each)) for g in curve], color=colour, lw=1)
+        if law is not None:
+            axis.plot(curve, [level * math.exp(law.log_ratio(g, own[0].each)) for g in curve], color=colour, lw=1)
         axis.plot([1], [level], "s", color=colour, ms=5, label=f"{own[0].each:.3g} tokens per parameter")
         for cell in own:
             made = Interval.of(cell.ratios.values()).map(lambda x, level=level: level * math.exp(x))
@@ -73,15 +74,19 @@ def _isoflops(axis: Any, runs: pd.DataFrame, cells: Sequence[Cell], law: GainLaw
     _finish(axis)
 
 
-def plot_ladders(runs: pd.DataFrame, cells: Sequence[Cell], target: str, path: Path) -> None:
-    """Loss over tokens per parameter since the growth: scratch, and every arm that was run to the last budget."""
+def plot_ladders(runs: pd.DataFrame, cells: Sequence[Cell], target: str, scale: float, path: Path) -> None:
+    """Loss over tokens per parameter since the growth: scratch, and every arm that was run to the last budget.
+
+    Args:
+        scale: what budgets were multiplied with, see `Study.scale`.
+    """
     from matplotlib.figure import Figure
 
     scratch = best_scratch(runs, target)
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axis = figure.subplots()
     if len(scratch):
-        axis.plot(scratch.columns, scratch.mean(), "s-", color="black", lw=1.6, ms=5, label="scratch")
+        axis.plot(scale * scratch.columns, scratch.mean(), "s-", color="black", lw=1.6, ms=5, label="scratch")
     last = max((cell.rung for cell in cells if cell.target == target), default=0)
     arms = [(c.base, c.method, c.growth_factor) for c in cells if c.target == target and c.rung == last]
     for number, (base, method, factor) in enumerate(arms):
@@ -90,10 +95,12 @@ def plot_ladders(runs: pd.DataFrame, cells: Sequence[Cell], target: str, path: P
         )
         losses = [sum(c.losses.values()) / len(c.losses) for c in own]
         label = f"{method}, g = {factor:.2f}"
-        axis.plot([c.rung for c in own], losses, "o-", color=COLOURS[number % len(COLOURS)], lw=1, ms=4, label=label)
+        axis.plot(
+            [scale * c.rung for c in own], losses, "o-", color=COLOURS[number % len(COLOURS)], lw=1, ms=4, label=label
+        )
     axis.set(xscale="log", xlabel="tokens per parameter since the growth", ylabel="held-out loss, nats per token")
     ticks = sorted({*scratch.columns, *runs.loc[runs["kind"] == GROWN, "rung"]})
-    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_xticks([scale * tick for tick in ticks], [f"{scale * tick:.3g}" for tick in ticks])
     axis.minorticks_off()
     _finish(axis)
     figure.savefig(path, dpi=120)

@@ -97,6 +97,8 @@ class Setting:
         eval_tokens: of held-out text, at most. bf16, per_device_batch: as in `SweepConfig`.
         checks: names of the arms' methods on which the advice is checked, see `calibration`; without any the report is about
             the arms alone: neither the paper's claims nor laws are in it.
+        target_by_target: whether a target is run with all its seeds before the next one is begun, instead of a seed of all
+            targets: where time may end within a study, one target with intervals tells more than two without.
     """
 
     sizes: Mapping[str, Size]
@@ -119,6 +121,7 @@ class Setting:
     bf16: bool = False
     per_device_batch: int = 32
     checks: tuple[str, ...] = ("szp 0.4, fresh", "perturbed_copy, carried")
+    target_by_target: bool = False
 
     @cached_property
     def params(self) -> dict[str, int]:
@@ -302,6 +305,7 @@ GPU = Setting(
     bf16=True,
     per_device_batch=64,
     eval_tokens=2**17,
+    target_by_target=True,
 )  # fmt: skip
 
 SETTINGS = {"quick": QUICK, "hour": HOUR, "twofold": TWOFOLD, "overnight": OVERNIGHT, "gpu": GPU}

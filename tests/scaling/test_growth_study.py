@@ -50,7 +50,13 @@ def test_no_run_comes_before_what_it_needs_and_seeds_come_in_turn(name):
     place = {job.name: number for number, job in enumerate(jobs)}
     assert len(place) == len(jobs)
     assert all(place[needed] < place[job.name] for job in jobs for needed in job.needs)
-    reported = [job.seed for job in jobs if job.seed != SETTINGS[name].tuning_seed]
+    setting = SETTINGS[name]
+    targets = list(setting.targets) if setting.target_by_target else []
+    reported = [
+        (targets.index(job.target) if targets else 0, job.seed)
+        for job in jobs
+        if job.seed != setting.tuning_seed and job.kind != BASE  # a base may be needed by two targets
+    ]
     assert reported == sorted(reported)
 
 
@@ -279,6 +285,25 @@ def test_speedups_and_both_costs_are_those_of_planted_losses(tmp_path, text):
         assert (tmp_path / f"growth-study-quick-{name}.png").read_bytes().startswith(b"\x89PNG")
     advice = advise_growth(2 * params, 20 * params, laws=tmp_path / "growth-study-quick-runs.csv")
     assert advice.advice == "grow"
+
+
+@pytest.mark.parametrize("named, judged", [((5.0, 10.0, 20.0), False), ((500.0, 1000.0, 2000.0), True)])
+def test_budgets_that_a_short_text_left_below_a_token_per_parameter_judge_nothing(tmp_path, text, named, judged):
+    """And they are said, in words and on the axis, as what they hold."""
+    setting = dataclasses.replace(QUICK, rungs=named, scratch_rungs=(*named, 2 * named[-1]), max_epochs=0.5)
+    if judged:  # a text that is long enough for this target, and still too short for what was asked
+        setting = dataclasses.replace(setting, max_epochs=10.0, base_rung=named[0])
+    made = opened(tmp_path / "study", text, setting)
+    held = made.scale("target") * named[0]
+    assert made.scale("target") < 1 and (held >= 1) == judged
+    planted_records(made, lambda job, tokens: 4.0 - 0.1 * math.log(tokens) + 0.01 * job.seed)
+    report = Report.of(made, "quick")
+    words = report.write(tmp_path)
+    assert (len(report.claims) > 0) == ("The paper's claims\n" in words) == ("The advice on" in words) == judged
+    assert ("none is judged or fitted" in words) != judged
+    assert f"(tokens per parameter: {made.scale('target') * named[1]:.2g} of target)" in words
+    for name in ("isoflops", "tokens"):
+        assert (tmp_path / f"growth-study-quick-{name}.png").is_file()
 
 
 def test_a_study_of_arms_alone_lets_the_trials_choose_and_scratch_try_what_muP_carries_over(tmp_path, text):
