@@ -5,7 +5,7 @@
 
 For each seed a parent is trained on the text and saved at two steps; from each of them, under each of four regimes (shuffle
 and dropout apart), every candidate runs the whole continuation once, through `select_warmstart`; seeds are the repeats.
-What is there is not run again, and the same command in a second process shares the work. `quick` takes minutes and shows
+What is there is not run again, and the same command in a second process takes the half of it. `quick` takes minutes and shows
 that all runs; its figures mean nothing. `full` is meant for two cores and less than an hour.
 
 What the paper's author did not publish (schedule, betas, sizes of noise, exact formulas) is ours; `docs/selection.md` says
@@ -19,6 +19,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,10 @@ from hf_warmstart import Candidate, WarmstartTrainingArguments, select_warmstart
 from hf_warmstart.cli.coverage import versions
 from hf_warmstart.selection.outcomes import agreement, loss_auc
 from hf_warmstart.selection.report import SelectionReport
+from hf_warmstart.selection.run import held
 
 from .document import replaced
-from .selection_runs import common_arguments, documents, made_once, tokenizer_of, train_parent
+from .selection_runs import common_arguments, documents, made_if_free, made_once, tokenizer_of, train_parent
 
 REGIMES = ("deterministic", "shuffled", "dropout", "stochastic")
 MARKERS = "<!-- figures: made by benchmarks.selection -->", "<!-- figures: end -->"
@@ -144,37 +146,49 @@ def make_parent(folder: Path, setting: Setting, seed: int, data: Dataset, vocabu
 
 
 def run_study(train: Path, held_out: Path, output: Path, setting: Setting) -> None:
-    """Run what is missing."""
+    """Run what is missing: first parents and selections that no other process is at, each whole, so that nobody waits at their
+    ends; then a share of what the others are at."""
     output.mkdir(parents=True, exist_ok=True)
     data, evaluation, vocabulary = load_data(train, held_out, output, setting)
-    for seed in setting.seeds:
-        base = output / f"parent-seed-{seed}"
-        last = base / f"checkpoint-{setting.parent_steps[-1]}"
-        made_once(last, lambda base=base, seed=seed: make_parent(base, setting, seed, data, vocabulary))
-        for step in setting.parent_steps:
-            for regime in setting.regimes:
+    for shares in (False, True):
+        for seed in setting.seeds:
+            base = output / f"parent-seed-{seed}"
+            last = base / f"checkpoint-{setting.parent_steps[-1]}"
+            made = made_once if shares else made_if_free
+            if not made(last, lambda base=base, seed=seed: make_parent(base, setting, seed, data, vocabulary)):
+                continue
+            for step, regime in product(setting.parent_steps, setting.regimes):
                 folder = selection_folder(output, seed, step, regime)
                 if (folder / "selection.json").is_file():
                     continue
-                select_warmstart(
-                    base / f"checkpoint-{step}",
-                    candidates(setting),
-                    train_dataset=data,
-                    eval_dataset=evaluation,
-                    # Where the parent stopped in the data, so that nothing is continued on what it has just seen.
-                    args=WarmstartTrainingArguments(
-                        str(folder),
-                        max_steps=10 * setting.steps,
-                        data_policy="continue",
-                        **common_arguments(setting.batch, setting.learning_rate, seed),
-                    ),
-                    regime=regime,
-                    probe_steps=setting.lags,
-                    continuation_steps=setting.steps,
-                    eval_every=setting.eval_every,
-                    repeats=1,
-                    data_collator=default_data_collator,
-                )
+                with held(folder.with_name(f".{folder.name}.lock")) as mine:
+                    if mine or shares:
+                        select(base / f"checkpoint-{step}", folder, setting, seed, regime, data, evaluation)
+
+
+def select(
+    parent: Path, folder: Path, setting: Setting, seed: int, regime: str, data: Dataset, evaluation: Dataset
+) -> None:
+    """Run every candidate to the end, once."""
+    select_warmstart(
+        parent,
+        candidates(setting),
+        train_dataset=data,
+        eval_dataset=evaluation,
+        # Where the parent stopped in the data, so that nothing is continued on what it has just seen.
+        args=WarmstartTrainingArguments(
+            str(folder),
+            max_steps=10 * setting.steps,
+            data_policy="continue",
+            **common_arguments(setting.batch, setting.learning_rate, seed),
+        ),
+        regime=regime,
+        probe_steps=setting.lags,
+        continuation_steps=setting.steps,
+        eval_every=setting.eval_every,
+        repeats=1,
+        data_collator=default_data_collator,
+    )
 
 
 def selection_folder(output: Path, seed: int, step: int, regime: str) -> Path:

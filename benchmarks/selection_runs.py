@@ -24,15 +24,24 @@ from hf_warmstart import WarmstartTrainer, WarmstartTrainingArguments
 from hf_warmstart.selection.run import PAUSE, held
 
 
-def made_once(path: Path, make: Callable[[], object]) -> Path:
-    """A file or folder that is made where it is missing, by one process; `make` moves it to its place when it is whole."""
+def made_if_free(path: Path, make: Callable[[], object]) -> bool:
+    """Make a file or folder that is missing, unless another process is at it; whether it is there.
+
+    Args:
+        make: moves it to its place when it is whole.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    while not path.exists():
+    if not path.exists():
         with held(path.with_name(f".{path.name}.lock")) as mine:
             if mine and not path.exists():
                 make()
-        if not mine:
-            time.sleep(PAUSE)
+    return path.exists()
+
+
+def made_once(path: Path, make: Callable[[], object]) -> Path:
+    """The same, waiting for another process that is at it."""
+    while not made_if_free(path, make):
+        time.sleep(PAUSE)
     return path
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from scipy import stats
 
+from benchmarks import selection
 from benchmarks.selection import MARKERS, SETTINGS, Outcomes, candidates, claims, interval
 from hf_warmstart.selection.candidates import check_names
+from hf_warmstart.selection.run import held
 
 from ..test_package import ROOT
 
@@ -48,3 +52,35 @@ def test_the_full_study_is_what_it_has_to_be():
     assert len(full.parent_steps) == 2 and len(candidates(full)) >= 6 and len(full.seeds) >= 3
     assert 16 in full.lags and full.steps == 128 and len(full.regimes) == 4
     assert all(marker in (ROOT / "docs/selection.md").read_text() for marker in MARKERS)
+
+
+def test_what_another_process_is_at_is_left_to_it_until_nothing_else_is_left(tmp_path, monkeypatch):
+    setting, made = replace(SETTINGS["quick"], seeds=(0, 1)), []
+
+    def select(parent, folder, *_):
+        assert parent.is_dir()
+        folder.mkdir()
+        (folder / "selection.json").write_text("{}")
+        made.append(folder.name)
+
+    def make_parent(folder, *_):
+        for step in setting.parent_steps:
+            (folder / f"checkpoint-{step}").mkdir()
+        made.append(folder.name)
+
+    monkeypatch.setattr(selection, "load_data", lambda *_: (None, None, 0))
+    monkeypatch.setattr(selection, "make_parent", make_parent)
+    monkeypatch.setattr(selection, "select", select)
+    with held(tmp_path / ".seed-0-step-40-stochastic.lock") as mine:  # whole, by another process
+        assert mine
+        selection.run_study(tmp_path, tmp_path, tmp_path, setting)
+    places = [f"step-{step}-{regime}" for step in (40, 80) for regime in ("deterministic", "stochastic")]
+    of_seed = {seed: [f"seed-{seed}-{place}" for place in places] for seed in (0, 1)}
+    shared = of_seed[0].pop(1)
+    assert made == ["parent-seed-0", *of_seed[0], "parent-seed-1", *of_seed[1], shared]
+
+
+def test_a_parent_that_another_process_trains_is_not_waited_for(tmp_path):
+    with held(tmp_path / "base" / ".checkpoint-2.lock"):
+        assert not selection.made_if_free(tmp_path / "base" / "checkpoint-2", lambda: pytest.fail("it is being made"))
+    assert selection.made_if_free(tmp_path / "base" / "checkpoint-2", (tmp_path / "base" / "checkpoint-2").mkdir)
