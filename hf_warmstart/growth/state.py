@@ -117,6 +117,15 @@ def rule_of(name: str, entry: Mapping[str, Any], state_policy: str) -> StateRule
     return rule
 
 
+def keeps_plain_moments(state: Mapping[str, Any]) -> bool:
+    """Whether each entry of a whole state is what `asymmetric_reset` continues from: Adam's two moments and its step."""
+    return all(
+        rule_for_entry(entry) is RULES[0] and "step" in entry and "max_exp_avg_sq" not in entry
+        for entry in state["state"].values()
+        if entry
+    )
+
+
 def new_entries(plan: GrowthPlan | AdaptedPlan, growth: TensorGrowth, rows: tuple[int, int] | None = None) -> Tensor:
     """bool of a grown tensor, or of some of its rows: what `asymmetric_reset` takes for new."""
     if not plan.is_added(growth.name):

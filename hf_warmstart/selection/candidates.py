@@ -41,7 +41,8 @@ class Candidate:
 
     Args:
         name (`str`): names the candidate in tables and its folder on disk: letters, digits, `_`, `.` and `-`.
-        state_policy (`str`, defaults to `"carry"`): as in `WarmstartTrainingArguments`.
+        state_policy (`str`, defaults to `"carry"`): as in `WarmstartTrainingArguments`, without its `"auto"`: a candidate
+            says which state it is.
         schedule_policy (`str`, defaults to `"continue"`): as in `WarmstartTrainingArguments`.
         **growth: fields of `GrowthConfig` or sizes by their transformers names, as for `grow`; and `new_lr_peak`,
             `new_lr_steps`, `schedule_ramp_steps`, `equal_loss_step`, `equal_loss_run`, `decay_fraction` and
@@ -142,9 +143,10 @@ def candidate_pool(
     """The built-in pool for one growth.
 
     In width: the four families of arXiv 2604.04281 (exact copy; perturbed copy at several sizes of noise; asymmetric reset
-    with and without a re-warmed rate of the new entries; reference slice), uneven copy, and shrink-pad-perturb at several
-    factors. Of layers, `stack` beside `identity_blocks`; where only a width is asked for, a stack of about as many
-    parameters (matrices grow by the square of the width). Two controls: weights only, and from scratch.
+    with and without a re-warmed rate of the new entries; reference slice), the slice with an asymmetric reset, which is the
+    default of `grow` and `WarmstartTrainer` where it can be, uneven copy, and shrink-pad-perturb at several factors. Of
+    layers, `stack` beside `identity_blocks`; where only a width is asked for, a stack of about as many parameters (matrices
+    grow by the square of the width). Two controls: weights only, and from scratch.
 
     Args:
         width, depth: factors, as in `GrowthConfig`; None for none.
@@ -177,6 +179,7 @@ def candidate_pool(
             new_lr_steps=NEW_LR_STEPS,
         )
         add("reference_slice", width_operator="reference_slice")
+        add("reference_slice_reset", width_operator="reference_slice", state_policy="asymmetric_reset")
         add("uneven_copy", width_operator="uneven_copy")
         for shrink in shrinks:
             add(f"szp_{shrink:g}", width_operator="szp", shrink=shrink)

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from ..errors import WarmstartError
-from ..growth.state import STATE_POLICIES, check_state_policy
+from ..growth.state import STATE_POLICIES
 from .data_position import DATA_POLICIES
 from .schedules import SCHEDULE_POLICIES
 
+AUTO_STATE = "auto"
 TRANSFERS = ("mup",)
 TRAINED = ("all", "new")
 
@@ -20,10 +21,12 @@ class WarmstartTrainingArguments(TrainingArguments):
     """`TrainingArguments`, with no default changed, and these fields.
 
     Args:
-        state_policy (`str`, defaults to `"carry"`): what becomes of the parent's optimizer state. `"carry"` takes moments
+        state_policy (`str`, defaults to `"auto"`): what becomes of the parent's optimizer state. `"carry"` takes moments
             and step counts through the growth's maps; `"asymmetric_reset"` does so for the first copy of each old entry and
             starts everything new at zero with a step count of its own (the optimizer is then `GrownAdamW`, and only
-            `WarmstartTrainer` resumes it); `"reset"` starts fresh.
+            `WarmstartTrainer` resumes it); `"reset"` starts fresh. `"auto"` is `"asymmetric_reset"` after a growth that added
+            fresh units (`reference_slice`), where the trainer makes an unsharded AdamW for a parent that had one, and
+            `"carry"` elsewhere: the starts that need the fewest tokens near twofold growth (`docs/growth-study.md`).
         schedule_policy (`str`, defaults to `"continue"`): where the learning rate schedule starts. With P the parent's
             steps and N the steps of this run:
 
@@ -54,8 +57,8 @@ class WarmstartTrainingArguments(TrainingArguments):
     """
 
     state_policy: str = field(
-        default="carry",
-        metadata={"help": f"What becomes of the parent's optimizer state: one of {list(STATE_POLICIES)}."},
+        default=AUTO_STATE,
+        metadata={"help": f"What becomes of the parent's optimizer state: one of {[AUTO_STATE, *STATE_POLICIES]}."},
     )
     schedule_policy: str = field(
         default="continue",
@@ -93,7 +96,7 @@ class WarmstartTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        check_state_policy(self.state_policy)
+        _check_choice("state_policy", self.state_policy, (AUTO_STATE, *STATE_POLICIES))
         _check_choice("schedule_policy", self.schedule_policy, SCHEDULE_POLICIES)
         _check_choice("train_only", self.train_only, TRAINED)
         _check_choice("data_policy", self.data_policy, DATA_POLICIES)

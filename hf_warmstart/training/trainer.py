@@ -42,13 +42,14 @@ from ..growth.coordinates import (
     transferred_groups,
 )
 from ..growth.plan import GrowthPlan, GrowthRecord, make_plan
+from ..growth.state import keeps_plain_moments
 from ..growth.twin import build
 from ..growth.wrapped import base_of, is_wrapped
 from ..hub.card import render_card
 from ..hub.history import CURVES_NAME, draw_curves, story
 from ..hub.save import CARD_NAME
 from ..redaction import UnsavedToken
-from .arguments import WarmstartTrainingArguments
+from .arguments import AUTO_STATE, WarmstartTrainingArguments
 from .carry import load_grown_state
 from .data_position import ContinuedSampler, SkippedOnce, add_places, place_in_data, samples_seen
 from .grown_adamw import GrownAdamW
@@ -112,7 +113,7 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
         self._stream_skip = 0
         self._factors: dict[str, Factors] | None = None
         self.new_parts: NewParts | None = None  # what alone is trained, under train_only="new"
-        self._made_optimizer = self._starts_warm = False
+        self._made_optimizer = self._starts_warm = self._resumes_two_ages = False
         if warmstart_from is not None and model is not None:
             _last_record(model)
         if warmstart_from is None and (warmstart_revision or warmstart_subfolder):
@@ -165,7 +166,7 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
         self, batch_size=None, args=None, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None
     ):
         # The parent is read before anything is made: a fault in its checkpoint costs nothing.
-        self._start, self._schedule_start = None, 0
+        self._start, self._schedule_start, self._resumes_two_ages = None, 0, False
         if resume_from_checkpoint is not None:
             self._read_own_state(resume_from_checkpoint)
         elif self._starts_warm and self.warmstart_from is not None:
@@ -207,8 +208,9 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
         if self._start is not None:
             state, plan = self._start
             if state.optimizer is not None:
-                whole = self._with_adapters(plan)
-                load_grown_state(self.optimizer, state.optimizer, whole, state_policy=self._option("state_policy"))
+                load_grown_state(
+                    self.optimizer, state.optimizer, self._with_adapters(plan), state_policy=self._state_policy
+                )
             if self._schedule_start or self._ramp_steps:
                 place_schedule(self.lr_scheduler, self._schedule_start, self.args.lr_scheduler_type)
         return prepared
@@ -276,7 +278,7 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
                     "grow in depth alone."
                 )
         classes = self.optimizer_cls_and_kwargs
-        if made and self._option("state_policy") == "asymmetric_reset" and classes is None:
+        if made and classes is None and self._takes_two_ages(target):
             self.optimizer_cls_and_kwargs = self._grown_adamw(target)
         try:
             optimizer: torch.optim.Optimizer = super().create_optimizer(model)
@@ -318,6 +320,37 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
                 f"{' and '.join(given)} cannot be followed for adapters. Leave it out, or train the model with its adapters "
                 "merged: grow(..., merge_adapter=True)."
             )
+
+    def _takes_two_ages(self, model: nn.Module) -> bool:
+        """Whether the optimizer that is made keeps a step count of their own for new entries.
+
+        Under `"auto"` that is so after a growth that added fresh units, of whose moments nothing can be carried, where nothing
+        stands against it; a run that is resumed goes on as it was started.
+        """
+        asked = self._option("state_policy")
+        if asked != AUTO_STATE:
+            return bool(asked == "asymmetric_reset")
+        if self._resumes_two_ages or self._start is None:
+            return self._resumes_two_ages
+        state = self._start[0].optimizer
+        kind, _ = self.get_optimizer_cls_and_kwargs(self.args, model)
+        others = self._option("parent_coordinates") or self._option("train_only") == "new" or is_wrapped(self.model)
+        return (
+            "reference_slice" in _last_record(self.model).operators
+            and kind is torch.optim.AdamW
+            and not (others or self.is_fsdp_enabled or self.is_deepspeed_enabled)
+            and state is not None
+            and keeps_plain_moments(state)
+        )
+
+    @property
+    def _state_policy(self) -> str:
+        """What becomes of the parent's state, where `"auto"` is asked for by the optimizer that there is."""
+        asked = self._option("state_policy")
+        if asked != AUTO_STATE:
+            return str(asked)
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        return "asymmetric_reset" if isinstance(inner, GrownAdamW) else "carry"
 
     def _grown_adamw(self, model: nn.Module) -> tuple[type[GrownAdamW], dict[str, Any]]:
         """`GrownAdamW` in the place of the AdamW that the arguments name."""
@@ -415,6 +448,7 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
         own = {
             "schedule_start": self._schedule_start,
             "schedule_policy": self._option("schedule_policy"),
+            "state_policy": self._state_policy,
             "data_place": self._data_place,
             "stream_skip": self._stream_skip,
             "stream_seen": self._stream_skip + self.state.global_step * self.get_total_train_batch_size(self.args),
@@ -454,6 +488,7 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
         path = Path(checkpoint, OWN_STATE)
         own = json.loads(path.read_text()) if path.is_file() else {}
         self._schedule_start = int(own.get("schedule_start", 0))
+        self._resumes_two_ages = Path(checkpoint, GROWN_NAME).is_file()
         self._data_place, self._stream_skip = own.get("data_place"), int(own.get("stream_skip") or 0)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

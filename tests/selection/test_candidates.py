@@ -17,6 +17,7 @@ def test_the_pool_holds_the_four_families_the_other_operators_and_two_controls()
         "asymmetric_reset",
         "asymmetric_reset_rewarmed",
         "reference_slice",
+        "reference_slice_reset",
         "uneven_copy",
         "szp_0.3",
         "stack",
@@ -25,6 +26,8 @@ def test_the_pool_holds_the_four_families_the_other_operators_and_two_controls()
     ]
     assert pool["perturbed_copy_0.4"].growth.noise == 0.4 and pool["szp_0.3"].growth.shrink == 0.3
     assert pool["asymmetric_reset_rewarmed"].arguments == {"new_lr_peak": 1.3, "new_lr_steps": 250}
+    assert pool["reference_slice"].state_policy == "carry"
+    assert pool["reference_slice_reset"].state_policy == "asymmetric_reset"
     assert pool["stack"].growth.depth == 4 and pool["stack"].growth.width is None
     for name, needs_optimizer, needs_scheduler in (
         ("exact_copy", True, True),

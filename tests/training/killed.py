@@ -24,6 +24,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArg
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_warmstart import WarmstartTrainer, WarmstartTrainingArguments, grow
+from hf_warmstart.checkpoints.state.parent_state import GROWN_NAME
 from hf_warmstart.checkpoints.target.complete import STAGING
 
 from ..models import some_tokens, tiny_model
@@ -123,7 +124,7 @@ def faults_of(folder: Path, whole: set[str]) -> list[str]:
             continue
         try:
             load_file(checkpoint / "model.safetensors")
-            for name in ("optimizer.pt", "scheduler.pt"):
+            for name in (GROWN_NAME, "scheduler.pt"):
                 torch.load(checkpoint / name, weights_only=True)
             if json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] != int(checkpoint.name[11:]):
                 faults.append(f"{checkpoint.name} is of another step")

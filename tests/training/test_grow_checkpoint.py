@@ -30,7 +30,7 @@ def test_a_stock_trainer_goes_on_from_the_grown_checkpoint_as_ours_does_from_the
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "grown")
     stock = stock_trainer(copy.deepcopy(model), tmp_path / "stock", 120, blocks(0, 120))
     stock.train(resume_from_checkpoint=str(tmp_path / "grown"))
-    ours = warmstart_trainer(model, tmp_path / "ours", 100, blocks(20, 100), warmstart_from=base)
+    ours = warmstart_trainer(model, tmp_path / "ours", 100, blocks(20, 100), warmstart_from=base, state_policy="carry")
     ours.train()
     assert type(stock) is Trainer
     assert stock.state.global_step == 120

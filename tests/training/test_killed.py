@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_warmstart import WarmstartError, grow
+from hf_warmstart.checkpoints.state.parent_state import GROWN_NAME
 from hf_warmstart.checkpoints.target.complete import STAGING, last_whole_checkpoint, publish
 from hf_warmstart.growth.plan import GrowthRecord
 
@@ -57,7 +58,7 @@ def test_a_run_killed_at_random_points_ends_as_the_uninterrupted_one(kills, tmp_
     for name, tensor in load_file(whole / "model.safetensors").items():
         assert torch.equal(tensor, weights[name]), name
     assert len(GrowthRecord.all_of(AutoConfig.from_pretrained(killed))) == 1
-    optimizer = torch.load(killed / "optimizer.pt", weights_only=True)["state"]
+    optimizer = torch.load(killed / GROWN_NAME, weights_only=True)["state"]
     assert {float(entry["step"]) for entry in optimizer.values()} == {PARENT_STEPS + state["max_steps"]}
     assert [path.name for path in (tmp_path / "killed").glob(STAGING)] == []
 

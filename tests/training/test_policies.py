@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 from itertools import chain
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, default_data_collator
 from transformers.trainer_callback import TrainerCallback, TrainerState
 
-from hf_warmstart import WarmstartError, WarmstartTrainingArguments, grow, grow_checkpoint
+from hf_warmstart import WarmstartError, WarmstartTrainingArguments, grow, grow_checkpoint, plan_growth
 from hf_warmstart.checkpoints.state.parent_state import GROWN_NAME, load_file
 from hf_warmstart.errors import StateError
+from hf_warmstart.growth.state import new_entries
 from hf_warmstart.training import GrownAdamW
 from hf_warmstart.training.data_position import ContinuedSampler, place_in_data
 
@@ -418,7 +420,7 @@ def test_only_the_same_policy_of_ours_resumes_asymmetric_reset(parent, tmp_path)
     stock = stock_trainer(_child(parent), tmp_path / "stock", 4, blocks(STEPS, 4))
     with pytest.raises(Exception, match="OnlyWarmstartTrainerCanResumeAStateWithTwoAges"):
         stock.train(resume_from_checkpoint=checkpoint)
-    ours = warmstart_trainer(_child(parent), tmp_path / "ours", 4, blocks(STEPS, 4), parent)
+    ours = warmstart_trainer(_child(parent), tmp_path / "ours", 4, blocks(STEPS, 4), parent, state_policy="carry")
     with pytest.raises(StateError, match="written under state_policy='asymmetric_reset'"):
         ours.train(resume_from_checkpoint=checkpoint)
 
@@ -489,6 +491,111 @@ def test_a_file_that_holds_more_than_numbers_is_refused_without_advice_to_trust_
     with pytest.raises(StateError, match="optimizer.pt .* more than plain tensors and numbers") as refused:
         load_file(two_ages / "optimizer.pt")
     assert "weights_only" not in str(refused.value) and "safe_globals" not in str(refused.value)
+
+
+# -- the policy where none is asked for -------------------------------------------------------------------------------
+
+
+def _started(parent: Path, folder: Path, width_operator: str = "reference_slice", **options):
+    child = _child(parent, width_operator)
+    trainer = warmstart_trainer(child, folder, 3, blocks(STEPS, 3), parent, **{"save_steps": 2, **options})
+    trainer.train()
+    return trainer
+
+
+def _kind(trainer) -> type:
+    return type(trainer.optimizer.optimizer)
+
+
+@pytest.mark.parametrize(
+    ("width_operator", "same_as", "other"),
+    [("reference_slice", "asymmetric_reset", "carry"), ("perturbed_copy", "carry", "asymmetric_reset")],
+)
+def test_fresh_units_start_anew_and_copies_take_the_state_along(parent, tmp_path, width_operator, same_as, other):
+    unsaid = _started(parent, tmp_path / "unsaid", width_operator)
+    same, different = (
+        _started(parent, tmp_path / policy, width_operator, state_policy=policy) for policy in (same_as, other)
+    )
+    assert losses(unsaid) == losses(same) != losses(different)
+    assert _kind(unsaid) is _kind(same) is not _kind(different)
+    own = json.loads((tmp_path / "unsaid" / "checkpoint-2" / "warmstart_state.json").read_text())
+    assert own["state_policy"] == same_as
+
+
+@pytest.mark.parametrize(("policy", "low", "high"), [("auto", 0.5, 2.0), ("carry", 0.0, 0.2)])
+def test_fresh_units_move_from_the_first_steps_on_as_old_ones_do(parent, tmp_path, policy, low, high):
+    """Carried, they have the old ones' second moments beside gradients that are nearly zero at first, and stand still."""
+    child = _child(parent, "reference_slice")
+    name = "model.layers.0.mlp.gate_proj.weight"
+    plan = plan_growth(AutoModelForCausalLM.from_pretrained(parent), width=2, width_operator="reference_slice")
+    new = new_entries(plan, plan.tensor(name))
+    before = child.get_parameter(name).detach().clone()
+    options = {"weight_decay": 0.0, "state_policy": policy}
+    warmstart_trainer(child, tmp_path, 3, blocks(STEPS, 3), parent, **options).train()
+    moved = (child.get_parameter(name).detach() - before).abs()
+    assert low < moved[new].median() / moved[~new].median() < high
+
+
+@pytest.mark.parametrize("started", ["auto", "carry"])
+def test_a_run_goes_on_as_it_was_started_where_nothing_is_said(parent, tmp_path, started):
+    whole = _started(parent, tmp_path / "whole", state_policy=started)
+    child = _child(parent, "reference_slice")
+    resumed = warmstart_trainer(child, tmp_path / "resumed", 3, blocks(STEPS, 3), parent)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert _kind(resumed) is _kind(whole) and losses(resumed) == losses(whole)
+
+
+def test_a_parent_whose_state_has_two_ages_starts_fresh_units_anew_as_any_other(two_ages, tmp_path):
+    child = grow(AutoModelForCausalLM.from_pretrained(two_ages), width=2, width_operator="reference_slice")
+    trainer = warmstart_trainer(child, tmp_path, 1, blocks(STEPS + 2, 1), two_ages)
+    trainer.train()
+    assert _kind(trainer) is GrownAdamW
+
+
+@pytest.mark.parametrize(
+    ("of_parent", "of_child"),
+    [
+        ({"optim": "sgd", "optim_args": "momentum=0.9"}, {"optim": "sgd", "optim_args": "momentum=0.9"}),
+        ({}, {"train_only": "new"}),
+    ],
+)
+def test_what_two_ages_do_not_go_with_is_carried(tmp_path, of_parent, of_child):
+    parent = _parent_run(tmp_path / "parent", **of_parent)
+    unsaid, carried = (
+        _started(parent, tmp_path / policy, state_policy=policy, **of_child) for policy in ("auto", "carry")
+    )
+    assert losses(unsaid) == losses(carried)
+    assert _kind(unsaid) is _kind(carried) is not GrownAdamW
+
+
+def test_a_parent_that_kept_amsgrads_maximum_is_carried(parent, tmp_path):
+    kept = tmp_path / "parent" / parent.name
+    shutil.copytree(parent, kept)
+    saved = torch.load(kept / "optimizer.pt", weights_only=True)
+    for entry in saved["state"].values():
+        entry["max_exp_avg_sq"] = entry["exp_avg_sq"].clone()
+    torch.save(saved, kept / "optimizer.pt")
+    unsaid = _started(kept, tmp_path / "unsaid")
+    assert _kind(unsaid) is torch.optim.AdamW
+    with pytest.raises(StateError, match="AMSGrad"):
+        _started(kept, tmp_path / "asked", state_policy="asymmetric_reset")
+
+
+def test_an_optimizer_that_is_given_is_used_as_it_is(parent, tmp_path):
+    child = _child(parent, "reference_slice")
+    trainer = warmstart_trainer(child, tmp_path, 1, blocks(STEPS, 1), parent)
+    trainer.optimizer = torch.optim.AdamW(child.parameters(), lr=1e-3)
+    trainer.train()
+    assert _kind(trainer) is torch.optim.AdamW
+
+
+def test_a_run_without_a_parent_is_a_stock_run(parent, tmp_path):
+    trainer = warmstart_trainer(_child(parent, "reference_slice"), tmp_path, 1, blocks(STEPS, 1))
+    trainer.train()
+    assert _kind(trainer) is torch.optim.AdamW
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("policy", ["carry", "reset"])

@@ -193,6 +193,7 @@ def test_warmstart_trainer_on_one_process_starts_from_the_parents_shards(runs, a
         CHILD_STEPS,
         data,
         warmstart_from=runs / "parent",
+        state_policy="carry",
         per_device_train_batch_size=BATCH,
         learning_rate=1e-2,
         warmup_steps=2,
