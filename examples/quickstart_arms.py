@@ -74,14 +74,14 @@ class Arm:
     Args:
         name: in the report. kind: `base` (never decays), `base trial`, `scratch`, `grown` or `control`.
         learning_rate: of the plateau. rungs: steps of its decayed runs, rising; the last is the trunk.
-        state_policy: of a grown arm.
+        state_policy: of a grown arm; `auto` is the trainer's default.
     """
 
     name: str
     kind: str
     learning_rate: float
     rungs: tuple[int, ...]
-    state_policy: str = "carry"
+    state_policy: str = "auto"
 
     @property
     def folder(self) -> str:
@@ -234,7 +234,7 @@ def _trainer(
     }
     if arm.kind == "grown":
         # Fresh moments need their warm-up; carried ones go on along the parent's plateau.
-        policy = "continue" if carried and arm.state_policy == "carry" else "rewarm"
+        policy = "continue" if carried and arm.state_policy != "reset" else "rewarm"
         trainer: Trainer = WarmstartTrainer(
             args=WarmstartTrainingArguments(**arguments, state_policy=arm.state_policy, schedule_policy=policy),
             warmstart_from=setup.parent if carried and is_trunk else None,
