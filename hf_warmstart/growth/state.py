@@ -103,27 +103,24 @@ def rule_of(name: str, entry: Mapping[str, Any], state_policy: str) -> StateRule
     rule = rule_for_entry(entry)
     if rule is None:
         raise StateError(_unknown(name, entry))
-    if state_policy == "asymmetric_reset":
-        if rule is not RULES[0] or "step" not in entry:
-            raise StateError(
-                f"{name}: state_policy='asymmetric_reset' needs Adam's moments and step; {sorted(entry)} is a state of "
-                f"{rule.name}. Pass state_policy='carry' or 'reset'."
-            )
-        if "max_exp_avg_sq" in entry:
-            raise StateError(
-                f"{name}: state_policy='asymmetric_reset' has no optimizer that keeps AMSGrad's maximum. Pass "
-                "state_policy='carry' or 'reset'."
-            )
+    if state_policy == "asymmetric_reset" and (reason := _against_two_ages(rule, entry)):
+        raise StateError(f"{name}: state_policy='asymmetric_reset' {reason}. Pass state_policy='carry' or 'reset'.")
     return rule
 
 
-def keeps_plain_moments(state: Mapping[str, Any]) -> bool:
-    """Whether each entry of a whole state is what `asymmetric_reset` continues from: Adam's two moments and its step."""
-    return all(
-        rule_for_entry(entry) is RULES[0] and "step" in entry and "max_exp_avg_sq" not in entry
-        for entry in state["state"].values()
-        if entry
-    )
+def _against_two_ages(rule: StateRule, entry: Mapping[str, Any]) -> str | None:
+    """What `GrownAdamW` cannot continue from in an entry; None where nothing stands against it."""
+    if rule is not RULES[0] or "step" not in entry:
+        return f"needs Adam's moments and step; {sorted(entry)} is a state of {rule.name}"
+    if "max_exp_avg_sq" in entry:
+        return "has no optimizer that keeps AMSGrad's maximum"
+    return None
+
+
+def can_have_two_ages(state: Mapping[str, Any]) -> bool:
+    """Whether `asymmetric_reset` can continue from each entry of a whole state."""
+    rules = ((rule_for_entry(entry), entry) for entry in state["state"].values() if entry)
+    return all(rule is not None and _against_two_ages(rule, entry) is None for rule, entry in rules)
 
 
 def new_entries(plan: GrowthPlan | AdaptedPlan, growth: TensorGrowth, rows: tuple[int, int] | None = None) -> Tensor:

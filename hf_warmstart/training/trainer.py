@@ -42,7 +42,7 @@ from ..growth.coordinates import (
     transferred_groups,
 )
 from ..growth.plan import GrowthPlan, GrowthRecord, make_plan
-from ..growth.state import keeps_plain_moments
+from ..growth.state import can_have_two_ages
 from ..growth.twin import build
 from ..growth.wrapped import base_of, is_wrapped
 from ..hub.card import render_card
@@ -340,7 +340,7 @@ class WarmstartTrainer(WholeCheckpointsTrainer):
             and kind is torch.optim.AdamW
             and not (others or self.is_fsdp_enabled or self.is_deepspeed_enabled)
             and state is not None
-            and keeps_plain_moments(state)
+            and can_have_two_ages(state)
         )
 
     @property
